@@ -131,7 +131,7 @@ class Stage:
                 spans_b = segments.segment_rows(chunk, **self.segment_knobs)
                 continue
             try:
-                spans_c = future.result()
+                spans_c = [[tuple(span) for span in spans] for spans in future.result()]
             except (OSError, EOFError):  # the worker was killed, twice: this process can do it
                 failures += 1
                 rows = [rollout.tokens_bt[b][rollout.valid_bt[b]] for b in chunk]

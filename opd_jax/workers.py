@@ -4,19 +4,25 @@
 They are fresh interpreters that import the function's module and nothing else: forking a process
 that runs JAX deadlocks sooner or later, and multiprocessing's spawn imports the parent's main
 module again, JAX with it. A worker leaves when its stdin closes, so none outlives its parent.
+
+Messages are JSON in which bytes and arrays are marked: data alone, which runs nothing when it is
+read. Tuples arrive as lists.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import importlib
+import json
 import os
 import pathlib
-import pickle
 import queue
 import struct
 import subprocess
 import sys
 from typing import Any
+
+import numpy as np
 
 _SIZE = struct.Struct("<Q")
 
@@ -29,11 +35,14 @@ class Pool:
     """
 
     def __init__(self, function: str, num_workers: int, **common: Any):
-        """`function`: "module:name". `common` goes to every worker once and stays there."""
+        """`function`: "module:name". `common` goes to every worker once and stays there.
+
+        Arguments and results: what JSON holds, bytes, and arrays of numbers, nested at will.
+        """
         if num_workers < 1:
             raise ValueError(f"a pool of {num_workers} workers does nothing; use at least 1")
         self.num_died = 0
-        self._hello = pickle.dumps((function, common))
+        self._hello = encode([function, common])
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers, "opd_jax_worker")
         self._idle: queue.Queue[subprocess.Popen] = queue.Queue()
         for _ in range(num_workers):
@@ -100,30 +109,62 @@ def serve() -> None:
     """A worker's life: one reply per argument until stdin ends."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be taken for a reply
-    function, common = pickle.loads(_read(sys.stdin.buffer))
+    function, common = decode(_read(sys.stdin.buffer))
     module, name = function.split(":")
     function = getattr(importlib.import_module(module), name)
     while True:
         try:
-            argument = pickle.loads(_read(sys.stdin.buffer))
+            argument = decode(_read(sys.stdin.buffer))
         except EOFError:
             return
-        _write(replies, pickle.dumps(_reply(function, argument, common)))
+        _write(replies, _reply(function, argument, common))
+
+
+def encode(value: Any) -> bytes:
+    """A message; TypeError for what it cannot hold."""
+    return json.dumps(value, default=_mark).encode()
+
+
+def decode(message: bytes) -> Any:
+    """What `encode` was given, with lists for tuples. Arrays are read-only."""
+    return json.loads(message, object_hook=_unmark)
+
+
+def _mark(value):
+    """json's way to ask for what it does not know."""
+    if isinstance(value, bytes):
+        return {"$bytes": value.decode("latin-1")}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        data = base64.b64encode(value.tobytes()).decode()
+        return {"$array": data, "dtype": value.dtype.str, "shape": value.shape}
+    raise TypeError(
+        f"a worker's message cannot hold a {type(value).__name__}: it takes what JSON holds, bytes "
+        "and arrays of numbers"
+    )
+
+
+def _unmark(found: dict):
+    if "$bytes" in found:
+        return found["$bytes"].encode("latin-1")
+    if "$array" in found:
+        data = base64.b64decode(found["$array"])
+        return np.frombuffer(data, found["dtype"]).reshape(found["shape"])
+    return found
 
 
 def _reply(function, argument, common):
-    """(True, value) or (False, traceback): a worker survives what its function raises."""
+    """[True, value] or [False, traceback]: a worker survives what its function raises."""
     try:
-        return True, function(argument, **common)
+        return encode([True, function(argument, **common)])
     except Exception:  # raised again in the parent, with this text
         import traceback
 
-        return False, traceback.format_exc()
+        return encode([False, traceback.format_exc()])
 
 
 def _ask(worker, argument):
-    _write(worker.stdin, pickle.dumps(argument))
-    return pickle.loads(_read(worker.stdout))
+    _write(worker.stdin, encode(argument))
+    return decode(_read(worker.stdout))
 
 
 def _write(stream, data: bytes) -> None:

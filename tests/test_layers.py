@@ -8,7 +8,8 @@ import pytest
 
 # The loop, what makes its parts, what it holds, and what it keeps of a bad step.
 TOP = {"train", "build", "job", "faults"}
-PACKAGE = pathlib.Path(__file__).parent.parent / "opd_jax"
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "opd_jax"
 
 # Stage -> stages it may import. Everything that is not named here, in algorithm/, in model/ or
 # train.py is support: small modules that know no stage.
@@ -84,3 +85,53 @@ def test_the_main_job_needs_neither_torch_nor_tensorflow():
     for path in modules():
         tops = {name.split(".")[0] for name in imports(path)}
         assert not tops & {"torch", "tensorflow"}, path
+
+
+# Modules that run code when they read, or whose queues and pools do.
+RUN_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+RUN_CODE |= {"multiprocessing", "yaml", "torch"}
+
+
+def runs_code(source: str) -> list[str]:
+    """What of a module's source could run code that comes from data."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names = [node.module] if isinstance(node, ast.ImportFrom) else names
+            found += [name for name in names if name.split(".")[0] in RUN_CODE]
+        elif isinstance(node, ast.Attribute):
+            found += [node.attr] if node.attr == "ProcessPoolExecutor" else []
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            found += [called] if called in ("eval", "exec") else []
+            for keyword in node.keywords:
+                safe = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in ("allow_pickle", "trust_remote_code") and not safe:
+                    found.append(f"{called}({keyword.arg}=...)")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import multiprocessing.pool",
+        "def f():\n    from cloudpickle import loads",
+        "np.load(file, allow_pickle=True)",
+        "np.load(file, allow_pickle=allow)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "torch.load(file)\nimport torch",
+        "concurrent.futures.ProcessPoolExecutor(2)",
+        "eval(text)",
+    ],
+)
+def test_what_runs_code_is_seen(source):
+    assert runs_code(source)
+
+
+def test_no_module_reads_a_pickle_or_runs_what_it_reads():
+    """tests/ is left out: it makes pickles, to see them refused, and runs torch for parity."""
+    for folder in ("opd_jax", "configs", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            assert not runs_code(path.read_text()), path

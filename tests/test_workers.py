@@ -2,6 +2,7 @@
 import os
 import time
 
+import numpy as np
 import pytest
 
 from opd_jax import workers
@@ -19,6 +20,30 @@ def test_what_a_function_raises_comes_back_with_its_traceback():
         with pytest.raises(RuntimeError, match="TypeError"):
             pool.submit(3).result()
         assert pool.submit([2, 1]).result() == [1, 2]  # the worker lives on
+
+
+def test_a_message_holds_bytes_and_arrays_and_no_other_object():
+    sent = {
+        "text": "\u2603\x00",
+        "bytes": [b"", b"\xff\x00a"],
+        "numbers": [1.5, float("inf"), None],
+        "rows": [np.arange(6, dtype=np.int32).reshape(2, 3)[:, ::2], np.zeros(0, np.float32)],
+    }
+    got = workers.decode(workers.encode(sent))
+    for ours, theirs in zip(sent.pop("rows"), got.pop("rows"), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert got == sent
+    for value in (object(), {1, 2}, np.array([object()])):
+        with pytest.raises(TypeError, match="cannot hold a"):
+            workers.encode(value)
+
+
+def test_a_result_that_no_message_holds_comes_back_as_a_traceback():
+    with workers.Pool("builtins:set", 1) as pool:
+        with pytest.raises(RuntimeError, match="cannot hold a set"):
+            pool.submit([1]).result()
+        assert pool.num_died == 0
 
 
 def test_a_killed_worker_is_replaced_and_the_work_done():
