@@ -125,17 +125,7 @@ def position_sums(job, rolled, scores, chosen, correct_b) -> dict[str, dict]:
     from opd_jax import parallel
     from opd_jax.algorithm import signals
 
-    found = signals.per_token(
-        usable_bt=chosen.usable_bt,
-        supervised_bt=chosen.supervised_bt,
-        margin_bt=chosen.margin_bt,
-        teacher_logp_bt=scores.teacher_logp_bt,
-        sampler_logp_bt=rolled.sampler_logp_bt,
-        teacher_logp_btk=scores.teacher_logp_btk,
-        candidate_logp_btk=rolled.candidate_logp_btk,
-        student_entropy_bt=rolled.entropy_bt,
-        teacher_entropy_bt=scores.teacher_entropy_bt,
-    )
+    found = job.token_signals(rolled, scores, chosen)
     wanted = ("margin", "advantage_variance", "abs_advantage", "student_entropy")
     found = {name: found[name] for name in wanted if name in found}
     out = {}

@@ -168,20 +168,25 @@ class Job:
         self._record(step + 1, prompts, rolled, scores, chosen, table)
         return row
 
+    @staticmethod
+    def token_signals(rolled, scores, chosen) -> dict:
+        """What can be known of every token of a step; see signals.per_token."""
+        return signals.per_token(
+            usable_bt=chosen.usable_bt,
+            supervised_bt=chosen.supervised_bt,
+            margin_bt=chosen.margin_bt,
+            teacher_logp_bt=scores.teacher_logp_bt,
+            sampler_logp_bt=rolled.sampler_logp_bt,
+            teacher_logp_btk=scores.teacher_logp_btk,
+            candidate_logp_btk=rolled.candidate_logp_btk,
+            student_entropy_bt=rolled.entropy_bt,
+            teacher_entropy_bt=scores.teacher_entropy_bt,
+        )
+
     def _record(self, step, prompts, rolled, scores, chosen, table) -> None:
         """Writes WORKDIR/signals and WORKDIR/rollouts of update `step`, where due."""
         if self.every.signals and step % self.every.signals == 0:
-            found = signals.per_token(
-                usable_bt=chosen.usable_bt,
-                supervised_bt=chosen.supervised_bt,
-                margin_bt=chosen.margin_bt,
-                teacher_logp_bt=scores.teacher_logp_bt,
-                sampler_logp_bt=rolled.sampler_logp_bt,
-                teacher_logp_btk=scores.teacher_logp_btk,
-                candidate_logp_btk=rolled.candidate_logp_btk,
-                student_entropy_bt=rolled.entropy_bt,
-                teacher_entropy_bt=scores.teacher_entropy_bt,
-            )
+            found = self.token_signals(rolled, scores, chosen)
             by_position = signals.by_position(found, rolled.valid_bt)
             by_sentence = signals.by_sentence(found, chosen.spans_b, rolled.valid_bt)
             correct_b = self.correct(prompts, rolled).astype(np.float64)
