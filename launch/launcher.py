@@ -54,10 +54,18 @@ def define() -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for hosts started by hand")
     flags.DEFINE_integer("num_processes", 0, "of the run; 1 = this host alone, 0 = ask the host", 0)
     flags.DEFINE_integer("process_id", -1, "which of the processes this is, from 0", -1)
+    flags.DEFINE_string(
+        "compile_cache",
+        "~/.cache/opd_jax",
+        "compiled programs are kept here for the next run, local or gs://; '' = nowhere. "
+        "JAX_COMPILATION_CACHE_DIR comes first",
+    )
 
 
 def initialize(workdir: str) -> None:
-    """Joins this process to the run's others; call it before anything touches a device.
+    """Joins this process to the run's others, and has JAX keep what it compiles.
+
+    Call it before anything touches a device.
 
     With --launcher=local:N it does not return: it runs the N processes and exits with their status.
     Raises SystemExit, with a message, where the processes cannot be found or reached.
@@ -67,6 +75,7 @@ def initialize(workdir: str) -> None:
     values = flags.FLAGS
     if values.launcher:
         sys.exit(run_local(_num_local(values.launcher), values.devices_per_process, workdir))
+    _keep_compiled(values.compile_cache)
     coordinator = values.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     arguments = place(coordinator, values.num_processes, values.process_id, os.environ)
     if arguments is None:
@@ -92,6 +101,15 @@ def initialize(workdir: str) -> None:
             "host alone."
         ) from error
     sys.excepthook = _fail_with_traceback
+
+
+def _keep_compiled(directory: str) -> None:
+    """JAX's persistent compilation cache, unless the environment has set one."""
+    if not directory or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    # JAX's own least time, 1 s, would leave out most programs of a small model.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def place(

@@ -21,14 +21,16 @@ from hypothesis import settings
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+LEAST_SECONDS = "persistent_cache_min_compile_time_secs"
 
 
 def pytest_configure(config):
-    """One compilation cache per session: tests that build the same job compile it once."""
+    """One compilation cache per session, for the runs that tests start too."""
     cache = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_")
     config.add_cleanup(cache.cleanup)
-    jax.config.update("jax_compilation_cache_dir", cache.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    for name, value in (("compilation_cache_dir", cache.name), (LEAST_SECONDS, 0.2)):
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)
 
 
 # Compilation makes the first example slow, and a run is its seed: the same examples every time.
