@@ -1,20 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose workdir it is: the config a run was started with, and who started it."""
+"""Whose workdir it is: who is in it now, the config a run was started with, who started it."""
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import functools
 import importlib.metadata
+import io
+import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import jax
+from absl import logging
 from etils import epath
 
 from opd_jax import records
 
+LOCK_SECONDS = 10.0  # how long a new run waits for a killed one to be gone
+# Errors of file systems that know no locks (Lustre and some network mounts).
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
 # What a run may change when it goes on: it touches nothing that has been computed.
 MAY_CHANGE = ("num_steps", "log.", "checkpoint.", "evaluate.every_steps", "segment.num_workers")
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+    """Keeps other runs out of the workdir as long as this one is in it; process 0 does.
+
+    The kernel drops the lock with the process, so nothing is left to clean up after a kill. Not
+    locked are gs:// and other remote paths, and file systems without locks: there it is the user's
+    part to start one run per workdir.
+
+    Raises:
+      ValueError: another run is in it, or it cannot be written.
+    """
+    if "://" in str(workdir) or jax.process_index() != 0:
+        yield
+        return
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, "lock"), "a+")  # not inherited by child processes
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir} must be a directory that can be written ({error}); set --workdir "
+            "to one, as --workdir=runs/mine"
+        ) from error
+    with file:
+        _lock(file, workdir)
+        yield
+
+
+def _lock(file: io.TextIOBase, workdir: str) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--workdir={workdir} is in use: {_holder(file)}. Two runs in one directory "
+                    "would overwrite each other's files. Wait for that one or end it, or set "
+                    f"--workdir to another directory, as --workdir={workdir}_2"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.warning("%s is not locked: its file system has no locks (%s)", workdir, error)
+            break
+    file.truncate(0)
+    about = dict(pid=os.getpid(), host=socket.gethostname(), since=_now())
+    file.write(json.dumps(about))
+    file.flush()
+
+
+def _holder(file: io.TextIOBase) -> str:
+    """Who has locked the file, by what it holds."""
+    file.seek(0)
+    try:
+        about = json.loads(file.read())
+    except json.JSONDecodeError:  # locked a moment ago
+        return "another run has just begun there"
+    return f"process {about['pid']} on {about['host']} has been there since {about['since']}"
 
 
 def check_same_run(config: dict, workdir: epath.Path) -> None:
@@ -56,7 +132,7 @@ def claim(workdir: epath.Path, config: dict) -> None:
     records.write_json(workdir, "config.json", config)
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk")
     run = dict(
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        started=_now(),
         commit=_commit(),
         command=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         python=sys.version.split()[0],
@@ -66,6 +142,10 @@ def claim(workdir: epath.Path, config: dict) -> None:
     )
     if not (workdir / "run.json").exists():
         records.write_json(workdir, "run.json", run)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _commit() -> str:

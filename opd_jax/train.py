@@ -27,7 +27,7 @@ import time
 import jax
 import ml_collections as mlc
 
-from opd_jax import build, faults, preemption
+from opd_jax import build, faults, owner, preemption
 from opd_jax.job import Job
 
 
@@ -35,11 +35,12 @@ def run(config: mlc.ConfigDict, workdir: str) -> None:
     """Trains, or goes on with the run that `workdir` holds; the end of it is in its done.json.
 
     Raises:
-      ValueError: something in the config cannot work; says which flag to set to what.
+      ValueError: something in the config cannot work, or another run is in the workdir; says which
+        flag to set to what.
       preemption.Preempted: asked to stop by SIGTERM; checkpointed, the same call goes on.
       FloatingPointError: too many updates in a row were not finite; names the last checkpoint.
     """
-    with build.build(config, workdir) as job:
+    with owner.hold(workdir), build.build(config, workdir) as job:
         job.finish(_loop(job))
 
 
