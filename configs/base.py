@@ -33,6 +33,7 @@ def get_config() -> mlc.ConfigDict:
         thinking=False,  # the chat template's thinking mode
     )
     c.rollout = dict(
+        by="student",  # student | teacher: teacher's samples, for objective.kind=cross_entropy
         response_len=192,  # tokens at most, EOS included
         temperature=1.0,  # the loss assumes 1; others must be allowed by name
         top_k=0,  # 0 = off
@@ -97,7 +98,7 @@ def get_config() -> mlc.ConfigDict:
     )
     # The loss on supervised tokens (opd_jax/algorithm/objectives.py).
     c.objective = dict(
-        kind="sampled_pg",  # sampled_pg (the paper) | reverse_kl | forward_kl | jsd
+        kind="sampled_pg",  # sampled_pg (the paper) | reverse_kl | forward_kl | jsd | cross_entropy
         support="full",  # of the divergences: full | student_k | teacher_k | union
         tail="bin",  # of supports other than full: bin | renormalise | truncate
         top_k=16,  # tokens of the teacher's support; the student's is rollout.num_candidates

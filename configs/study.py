@@ -32,10 +32,12 @@ CORE = {  # arm -> what it changes
     "shuffled release points": {"selector.kind": "shuffled_bic"},
     "last 30 % only": {"selector.kind": "suffix_only", "selector.fraction": 0.3},
 }
+SFT = {"rollout.by": "teacher", "objective.kind": "cross_entropy", "selector.kind": "full"}
 TOP_K = {"objective.kind": "reverse_kl", "objective.support": "student_k"}
 MORE = {
     "random release points": {"selector.kind": "random_bic"},
     "release by std of advantage": {"selector.kind": "advantage_std_bic"},
+    "SFT on teacher samples": SFT,
     "IW-OPD": {"selector.kind": "iw_opd"},
     "top-K reverse KL, full": {"selector.kind": "full", **TOP_K},
     "top-K reverse KL, release rule": {"selector.kind": "bic", "selector.min_side": 1, **TOP_K},

@@ -56,7 +56,7 @@ def define() -> None:
     flags.DEFINE_integer("process_id", -1, "which of the processes this is, from 0", -1)
     flags.DEFINE_string(
         "compile_cache",
-        "~/.cache/opd_jax",
+        "~/.cache/opd_jax/compiled",
         "compiled programs are kept here for the next run, local or gs://; '' = nowhere. "
         "JAX_COMPILATION_CACHE_DIR comes first",
     )

@@ -152,6 +152,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         start=start,
         prompts=prompts,
         sampler=device.sampler,
+        sampled_by=device.sampled_by,
         selection=select,
         score=device.score,
         update=device.update,
@@ -188,6 +189,7 @@ class OnDevice:
     """What a step runs on the mesh."""
 
     sampler: rollout.Sampler
+    sampled_by: str  # "student" or "teacher"
     score: score.Score
     update: update.Update
     learning_rate: Callable[[int], Any]  # updates done -> learning rate
@@ -222,8 +224,10 @@ def on_device(
     inference = dataclasses.replace(backend, remat="none")
     student = models["student"]
     objectives.check_sizes(objective, sample["num_candidates"], student.vocab_size)
+    sample = dict(sample)
+    sampled_by = _sampled_by(sample.pop("by"), objective.kind)
     sampler = rollout.build(
-        student, eos_ids=eos_ids, pad_id=pad_id, mesh=mesh, backend=inference, **sample
+        models[sampled_by], eos_ids=eos_ids, pad_id=pad_id, mesh=mesh, backend=inference, **sample
     )
     shape = _micro_batch(config.pack, prompt_len, sample["response_len"], batch_size, mesh)
     scorer = score.build(
@@ -246,7 +250,7 @@ def on_device(
         param_dtype=param_dtype,
         **shape,
     )
-    return OnDevice(sampler, scorer, updater, learning_rate, max_skipped)
+    return OnDevice(sampler, sampled_by, scorer, updater, learning_rate, max_skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +309,23 @@ def objective(section) -> tuple[objectives.Objective, dict]:
     knobs = section.to_dict()
     loss = {name: knobs.pop(name) for name in ("aggregate", "rescale", "max_rescale")}
     return objectives.build(**knobs), loss
+
+
+def _sampled_by(role: str, kind: str) -> str:
+    """The model that answers the training prompts, refused where the objective makes no sense."""
+    wrong = {"sampled_pg": "teacher", "cross_entropy": "student"}
+    if role not in ("student", "teacher"):
+        raise ValueError(
+            f"config.rollout.by={role!r} must be student (on-policy) or teacher (supervised "
+            "training on the teacher's samples). Set --config.rollout.by=student"
+        )
+    if role == wrong.get(kind):
+        other = "student" if role == "teacher" else "teacher"
+        raise ValueError(
+            f"objective {kind!r} is of the {other}'s samples, but config.rollout.by={role!r}. "
+            f"Set --config.rollout.by={other}"
+        )
+    return role
 
 
 def _prefixed(section, **renamed) -> dict:

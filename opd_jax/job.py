@@ -67,6 +67,7 @@ class Job:
 
     prompts: data.PromptStream
     sampler: rollout.Sampler
+    sampled_by: str  # "student", or "teacher" for supervised training on the teacher's samples
     selection: selection.Stage
     score: score.Score
     update: update.Update
@@ -111,6 +112,10 @@ class Job:
         for number in (step, use):  # put explicitly: hidden transfers are errors in the tests
             key = jax.random.fold_in(key, jax.device_put(np.uint32(number)))
         return key
+
+    def sampling_params(self, state: update.TrainState) -> Any:
+        """Parameters of the model that answers the training prompts."""
+        return state.params if self.sampled_by == "student" else self.teacher_params
 
     # --- evaluation ---
 

@@ -39,6 +39,7 @@ def run(config: mlc.ConfigDict, workdir: str) -> None:
         flag to set to what.
       preemption.Preempted: asked to stop by SIGTERM; checkpointed, the same call goes on.
       FloatingPointError: too many updates in a row were not finite; names the last checkpoint.
+      OSError: a checkpoint could not be written; names those that are whole.
     """
     with owner.hold(workdir), build.build(config, workdir) as job:
         job.finish(_loop(job))
@@ -75,7 +76,9 @@ def _step(job: Job, state, step: int):
     prompts = next(job.prompts)
     with clock("rollout"):
         key = job.fold(step, job.ROLLOUT)
-        rolled, stats = job.sampler.run(state.params, prompts, key, between=job.guard.check)
+        rolled, stats = job.sampler.run(
+            job.sampling_params(state), prompts, key, between=job.guard.check
+        )
     job.guard.check()
     with clock("score"):
         job.selection.start(rolled)

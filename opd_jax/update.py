@@ -198,7 +198,7 @@ def make_batch(
         token=gather(rollout.tokens_bt),
         weight=gather(weight_bt),
         teacher_logp=gather(scores.teacher_logp_bt),
-        sampler_logp=gather(rollout.sampler_logp_bt),
+        sampler_logp=gather(rollout.sampler_logp_bt, objective.kind != "cross_entropy"),
         reference_logp=gather(scores.reference_logp_bt, "reference_logp_bt" in needs),
         candidates_k=gather(rollout.candidates_btk, candidates),
         teacher_logp_k=gather(scores.teacher_logp_btk, candidates),

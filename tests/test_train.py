@@ -270,3 +270,36 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(pair, tmp_path)
         job.check_skipped({"update/skipped": 1.0})
         with pytest.raises(FloatingPointError, match=r"(?s)Last checkpoint: 2 .*--config"):
             job.check_skipped({"update/skipped": 1.0})
+
+
+# --- supervised training, the study's baseline ---
+
+
+def test_supervised_training_learns_the_teachers_samples(pair, tmp_path):
+    """The teacher answers, whoever the student is, and what it answered becomes likelier."""
+    supervised = {"rollout.by": "teacher", "objective.kind": "cross_entropy"}
+    supervised |= {"selector.kind": "full", "optim.learning_rate": 1e-2}
+    with build.build(fakes.small_config(pair, **supervised), str(tmp_path)) as job:
+        state, losses = job.start.state, []
+        params = job.sampling_params(state)
+        rolled = job.sampler.run(params, next(job.prompts), job.fold(0, job.ROLLOUT))[0]
+        job.selection.start(rolled)
+        scores = job.score(job.teacher_params, rolled, None)
+        chosen = job.selection.finish(rolled, scores, 0)
+        for _ in range(2):
+            batch = rolled, scores, chosen.weight_bt, chosen.denominator
+            state, sums = job.update(state, *batch, None)
+            losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
+    valid_bt = rolled.valid_bt
+    np.testing.assert_allclose(
+        rolled.sampler_logp_bt[valid_bt], scores.teacher_logp_bt[valid_bt], atol=1e-4
+    )
+    assert losses[1] < losses[0] - 0.1
+    assert "sampler_gap/mean" not in sums  # sampler and trainer are two models here
+
+
+@pytest.mark.parametrize("by, kind", [("teacher", "sampled_pg"), ("student", "cross_entropy")])
+def test_an_objective_of_the_others_samples_is_refused(pair, tmp_path, by, kind):
+    config = fakes.small_config(pair, **{"rollout.by": by, "objective.kind": kind})
+    with pytest.raises(ValueError, match=f"{kind}.*rollout.by={by!r}.*--config.rollout.by="):
+        build.build(config, str(tmp_path))

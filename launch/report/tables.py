@@ -51,8 +51,13 @@ def point(row: dict) -> dict:
     }
 
 
-def first_rollouts(run: collect.Run) -> str:
-    """Digest of the trajectories stored at update 1: equal starts give equal digests."""
+def first_rollouts(run: collect.Run) -> str | None:
+    """Digest of the trajectories stored at update 1: equal starts give equal digests.
+
+    "" = nothing is stored; None = not the student's, so not to be compared.
+    """
+    if run.config.get("rollout.by") == "teacher":
+        return None
     path = records.step_path(run.path, "rollouts", 1, ".jsonl")
     if not path.exists():
         return ""
@@ -75,7 +80,8 @@ class Study:
         self.commits = sorted({run["commit"] for run in stored["runs"]})
         self.starts = {}
         for run in stored["runs"]:
-            self.starts.setdefault(run["seed"], set()).add(run["first_rollouts"])
+            if run["first_rollouts"] is not None:
+                self.starts.setdefault(run["seed"], set()).add(run["first_rollouts"])
 
     @property
     def arms(self) -> list[str]:

@@ -80,7 +80,7 @@ def head_loss_and_grads(
     slots = max(1, min(N, chunk // M))
     dtype = hidden_mnd.dtype
     head_vd = head_vd.astype(dtype)
-    if objective.kind != "sampled_pg" and objective.support == "full":
+    if objective.is_divergence and objective.support == "full":
         check_targets(objective, targets_mn, targets_mn.teacher_hidden_d)
         teacher_head_vd = teacher_head_vd.astype(targets_mn.teacher_hidden_d.dtype)
     else:

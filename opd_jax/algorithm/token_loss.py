@@ -11,7 +11,7 @@ from flax import struct
 
 from opd_jax.algorithm import divergences
 
-KINDS = ("sampled_pg", *divergences.KINDS)
+KINDS = ("sampled_pg", *divergences.KINDS, "cross_entropy")
 SUPPORTS = ("full", "student_k", "teacher_k", "union")
 TAILS = ("bin", "renormalise", "truncate")
 
@@ -32,11 +32,18 @@ class Objective:
     is_threshold: float = 0.0  # limit of the importance ratio trainer / sampler; 0 = no correction
 
     @property
+    def is_divergence(self) -> bool:
+        """True = it compares distributions, not only what both say of the sampled token."""
+        return self.kind in divergences.KINDS
+
+    @property
     def needs(self) -> frozenset:
         """The fields of structs.Scores that the objective reads."""
         if self.kind == "sampled_pg":
             reference = {"reference_logp_bt"} if self.extrapolation != 1.0 else set()
             return frozenset({"teacher_logp_bt"} | reference)
+        if not self.is_divergence:
+            return frozenset()
         return {
             "full": frozenset({"teacher_hidden_btd"}),
             "student_k": frozenset({"teacher_logp_btk"}),
@@ -123,6 +130,7 @@ def token_loss(objective: Objective, student_logits_nv, targets_n: Targets, teac
     equal to the student leaves (lambda - 1)(log p_S - log p_ref): to go beyond the teacher is its
     purpose. A is raised to the floor, then clipped, then multiplied by the truncated importance
     ratio min(p_S / p_sampler, is_threshold) if that is on.
+    "cross_entropy": :math:`-\log p_S(y_t)`, supervised training on whatever was sampled.
     The others: `divergences.full_divergence` and `divergences.support_divergence`.
 
     Args:
@@ -153,6 +161,8 @@ def token_loss(objective: Objective, student_logits_nv, targets_n: Targets, teac
     if objective.kind == "sampled_pg":
         advantage_n = _advantage(objective, targets_n, aux)
         return -advantage_n * logp_n, aux
+    if not objective.is_divergence:
+        return -logp_n, aux
     if objective.support == "full":
         teacher_nv = jax.lax.stop_gradient(teacher_logits_nv)
         loss_n = divergences.full_divergence(
