@@ -25,8 +25,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
     launcher.initialize(WORKDIR.value)
-    from opd_jax import preemption, train  # after initialize: they touch JAX
+    from opd_jax import checkpoint, preemption, train  # after initialize: they touch JAX
 
+    checkpoint.say_write_errors_once()
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except preemption.Preempted:
@@ -35,8 +36,18 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(preemption.EXIT_PREEMPTED)
-    except (ValueError, FloatingPointError, OSError) as error:  # their texts say what to do
-        launcher.fail(f"ERROR: {error}")
+    except (ValueError, FloatingPointError, OSError) as error:
+        launcher.fail(f"ERROR: {_advised(error)}")
+
+
+def _advised(error: Exception) -> str:
+    """What was raised, and what to do; our own texts say it, the system's do not."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    return (
+        f"{error}. Put that right (free space, make it writable), or set --workdir to another "
+        f"directory; the same command goes on from the last checkpoint under {WORKDIR.value}."
+    )
 
 
 if __name__ == "__main__":

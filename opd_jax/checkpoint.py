@@ -9,6 +9,7 @@ an array file reads back as zeros without an error.
 import dataclasses
 import json
 import os
+import sys
 from typing import Any
 
 import jax
@@ -106,7 +107,11 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, *, cursor: dict, config: dict, metric: float | None
     ) -> None:
-        """Starts writing; returns once `state` may be donated. Raises what an earlier save hit."""
+        """Starts writing; returns once `state` may be donated.
+
+        Raises:
+          OSError: this checkpoint or an earlier one cannot be written; names those that are whole.
+        """
         meta = dict(step=step, cursor=cursor, config=config, digests=digests(state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
@@ -114,15 +119,15 @@ class Checkpoints:
             metrics = None if metric is None else {"metric": metric}
             self._manager.save(step, args=args, metrics=metrics, force=True)
         except (OSError, ValueError, RuntimeError) as e:
-            raise self._write_error(step, e) from e
+            raise self._write_error(e) from e
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises if it is not."""
+        """Returns when everything saved is on disk; raises OSError if it is not."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as e:
-            raise self._write_error(None, e) from e
+            raise self._write_error(e) from e
 
     def close(self) -> None:
         self.wait()
@@ -214,13 +219,34 @@ class Checkpoints:
             multihost_utils.sync_global_devices("checkpoints set aside")
         self._manager = self._open()
 
-    def _write_error(self, step: int | None, e: Exception) -> RuntimeError:
-        good = [s for s in self._manager.all_steps() if s != step]
-        return RuntimeError(
-            f"could not write a checkpoint under {self.directory} ({type(e).__name__}: {e}). "
-            f"Complete ones: {sorted(good) or 'none'}; none was deleted for it. Free space or make "
-            "the directory writable, then run the same command again, or set --workdir elsewhere."
+    def _write_error(self, e: Exception) -> OSError:
+        why = str(e).partition(" [tensorstore_spec=")[0]  # TensorStore adds pages of JSON
+        good = sorted(ocp.utils.checkpoint_steps(self.directory))
+        last = good[-1] if good else 0
+        return OSError(
+            f"could not write a checkpoint under {self.directory} ({type(e).__name__}: {why}). "
+            f"Whole are those of steps {good}; none was deleted for it. Free space or make the "
+            f"directory writable: then the same command goes on from step {last}; or "
+            "set --workdir to another directory."
         )
+
+
+def say_write_errors_once() -> None:
+    """For a command: nothing but what `save` and `wait` raise is said of a failed write.
+
+    Orbax's threads log it with their tracebacks, several times, and TensorStore's, whose event loop
+    is then gone, report that.
+    """
+    logging.get_absl_logger().addFilter(
+        lambda record: not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    )
+    report = sys.unraisablehook
+
+    def report_others(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _every_process(ok: bool) -> bool:

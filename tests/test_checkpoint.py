@@ -4,6 +4,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +122,49 @@ def test_a_damaged_checkpoint_falls_back_says_why_and_stays(two_saved, damage):
     again.save(4, make_state(4.0), cursor={}, config={}, metric=None)  # the step can be redone
     again.close()
     assert restore(two_saved).step == 4
+
+
+# A save that succeeds, then one on a full disk: files longer than 3 kB cannot be written (Python
+# ignores SIGXFSZ, so that the write fails instead of the process).
+FULL_DISK = """
+import resource, sys
+from opd_jax import checkpoint
+from tests import test_checkpoint
+
+checkpoint.say_write_errors_once()
+saved = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
+for step in (2, 4):
+    state = test_checkpoint.make_state(step)
+    try:
+        saved.save(step, state, cursor={}, config={}, metric=None)
+        saved.wait()
+    except OSError as error:
+        sys.exit(f"step {step}: {error}")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_message(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "checkpoints")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    message = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    assert message.startswith(f"step 4: could not write a checkpoint under {tmp_path}")
+    for part in (
+        "File too large",
+        "Whole are those of steps [2]",
+        "goes on from step 2",
+        "--workd",
+    ):
+        assert part in message
+    assert len(message) < 1000
+    restored = restore(tmp_path / "checkpoints")
+    assert (restored.step, restored.skipped) == (2, ())
+    again = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=1)  # with room on the disk
+    again.save(4, make_state(4.0), cursor={}, config={}, metric=None)
+    again.close()
+    assert restore(tmp_path / "checkpoints").step == 4
 
 
 def test_when_all_are_damaged_it_stops_and_names_each(two_saved):

@@ -75,6 +75,23 @@ def test_a_checkpoint_killed_half_way_is_not_used(alone, root, pair):
     assert kill.differences(workdir, killed) == []
 
 
+def test_a_full_disk_ends_a_run_with_one_message_and_the_same_command_goes_on(alone, root, pair):
+    """Full from the third checkpoint on: its arrays are longer than what may be written."""
+    full = root / "full"
+    kill.finish(full, arguments(pair, **EVERY_STEP, num_steps=2))
+    code = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        "runpy.run_module('launch', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, f"--workdir={full}", *arguments(pair, **EVERY_STEP)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    message = ended.stderr[ended.stderr.index("ERROR: could not write a checkpoint") :]
+    assert "File too large" in message and "goes on from step 2" in message
+    kill.finish(full, arguments(pair, **EVERY_STEP))
+    assert kill.differences(alone[0], full) == []
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(alone, root, pair, share):
     """Loading and compiling, a step, evaluation: wherever the signal lands."""
