@@ -50,14 +50,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     feed = parallel.feed(mesh)
     seed, num_steps, log = config.seed, config.num_steps, config.log.to_dict()
 
-    models = {
-        role: Source(role, *(section[key] for key in ("path", "param_dtype")))
-        for role, section in (
-            ("student", config.student),
-            ("teacher", config.teacher),
-            ("reference", config.reference),
-        )
-    }
+    models = _models(config)
     student, teacher, reference = models.values()
     tokenizer = text.load_tokenizer(student.directory)
     thinking = config.data.thinking
@@ -78,7 +71,6 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         too_long=config.data.too_long,
         thinking=thinking,
     )
-
     loss, loss_knobs = objective(config.objective)
     select = selection.build(
         selector(config.selector),
@@ -111,18 +103,16 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     verifier = verify.Verifier()
     eval_knobs = config.evaluate.to_dict()
     eval_sets = _problems(*(eval_knobs[k] for k in ("source", "num_problems", "num_ood_problems")))
+    look = functools.partial(
+        evaluate.build,
+        tokenizer=tokenizer,
+        verifier=verifier,
+        prompt_len=prompt_len,
+        batch_size=eval_knobs["batch_size"],
+        thinking=thinking,
+    )
     evaluator, teacher_evaluator = (
-        evaluate.build(
-            dataclasses.replace(
-                device.sampler, spec=dataclasses.replace(device.sampler.spec, config=shape_of)
-            ),
-            tokenizer,
-            verifier,
-            prompt_len=prompt_len,
-            batch_size=eval_knobs["batch_size"],
-            thinking=thinking,
-        )
-        for shape_of in (student.config, teacher.config)
+        look(device.sampler.of(shape)) for shape in (student.config, teacher.config)
     )
     keep = config.checkpoint.to_dict()
     every = job.Every(
@@ -135,10 +125,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
     checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), **keep)
-    start = _restore(checkpoints, device.update, prompts, student, resolved)
-    if start is None:
-        params = student.load(mesh)
-        start = job.Start(device.update.init(params), step=0, row={})
+    start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
     keep_through = start.step - (start.row is not None)
     teacher_params = teacher.load(mesh)
     reads_states = "teacher_hidden_btd" in loss.needs
@@ -288,6 +275,11 @@ class Source:
 # --- parts of the config ---
 
 
+def _models(config) -> dict[str, Source]:
+    sections = dict(student=config.student, teacher=config.teacher, reference=config.reference)
+    return {role: Source(role, s.path, s.param_dtype) for role, s in sections.items()}
+
+
 def _backend(section, mesh) -> qwen3.Backend:
     return qwen3.Backend(
         attention=section.attention,
@@ -419,12 +411,11 @@ def state_shapes(updater, model_config, param_dtype):
     )
 
 
-def _restore(checkpoints, updater, prompts, student, resolved) -> job.Start | None:
-    """Where the run goes on; None for a new one. Puts the prompt stream at its cursor."""
-    shapes = state_shapes(updater, student.config, student.param_dtype)
-    restored = checkpoints.restore(shapes)
+def _start(checkpoints, updater, prompts, student, resolved, mesh) -> job.Start:
+    """Where the run goes on, or begins. Puts the prompt stream at its cursor."""
+    restored = checkpoints.restore(state_shapes(updater, student.config, student.param_dtype))
     if restored is None:
-        return None
+        return job.Start(updater.init(student.load(mesh)), step=0, row={})
     owner.compare(resolved, restored.config, checkpoints.directory.parent)
     prompts.restore(restored.cursor["prompts"])
     return job.Start(restored.state, restored.step, restored.cursor["row"], restored.skipped)

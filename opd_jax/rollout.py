@@ -189,6 +189,10 @@ class Sampler:
     num_slots: int
     first_cache: int
 
+    def of(self, config: qwen3.Qwen3Config) -> "Sampler":
+        """The same sampler for another model."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, config=config))
+
     def __call__(self, params: Any, prompts: Prompts, key: jax.Array) -> Rollout:
         return self.run(params, prompts, key)[0]
 
