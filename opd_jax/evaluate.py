@@ -9,7 +9,7 @@ cut off can go on.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -61,9 +61,11 @@ class Evaluator:
         num_samples: int,
         key: jax.Array,
         prefix: str = "",
+        between: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, float], list[dict]]:
         """Metrics under `eval/PREFIX...` and every sample (records.sample), equal on all hosts."""
-        calls = self.calls(params, examples, num_samples, key, group=prefix.strip("_/"))
+        group = prefix.strip("_/")
+        calls = self.calls(params, examples, num_samples, key, group=group, between=between)
         samples = [sample for call in calls for sample in call]
         return summary(samples, prefix), samples
 
@@ -76,10 +78,12 @@ class Evaluator:
         *,
         group: str = "",
         done: Collection[tuple[str, int]] = (),
+        between: Callable[[], None] = lambda: None,
     ) -> Iterator[list[dict]]:
         """Samples call by call, every problem's first sample before its second.
 
-        `done` holds (example id, index) pairs to leave out: the others do not change.
+        `done` holds (example id, index) pairs to leave out: the others do not change. `between` is
+        called after every chunk of decoding, equally often on all hosts; it may raise to give up.
         """
         check_sizes(len(examples), num_samples)
         ids = [self.tokenizer.encode_prompt(e.prompt, self.thinking) for e in examples]
@@ -93,9 +97,10 @@ class Evaluator:
         ]
         size = CALL_BATCHES * self.batch_size
         for start in range(0, len(todo), size):
-            yield self._call(params, examples, ids, todo[start : start + size], key, group)
+            chosen = todo[start : start + size]
+            yield self._call(params, examples, ids, chosen, key, group, between)
 
-    def _call(self, params, examples, ids, chosen, key, group) -> list[dict]:
+    def _call(self, params, examples, ids, chosen, key, group, between) -> list[dict]:
         """Samples of `chosen` (problem, index) pairs, in their order."""
         mesh = self.sampler.spec.mesh
         feed = parallel.feed(mesh)
@@ -106,7 +111,7 @@ class Evaluator:
         real_b = np.arange(len(padded))[own] < len(chosen)
         prompts = self._prompts(ids, padded[own])
         limit_b = np.where(real_b, self.sampler.response_len, 1)
-        sampled, _ = self.sampler.run(params, prompts, key, limit_b=limit_b)
+        sampled, _ = self.sampler.run(params, prompts, key, limit_b=limit_b, between=between)
         responses = self._responses(sampled.tokens_bt, sampled.valid_bt)
         pairs = [
             (response if real else "", examples[problem].answer)

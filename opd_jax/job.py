@@ -133,8 +133,9 @@ class Job:
     def _evaluate(self, evaluator, params, step):
         row, samples, key = {}, [], self.fold(step, self.EVALUATION)
         for prefix, examples in self.eval_sets.items():
-            self.guard.check()
-            found, sampled = evaluator(params, examples, self.num_eval_samples, key, prefix)
+            found, sampled = evaluator(
+                params, examples, self.num_eval_samples, key, prefix, between=self.guard.check
+            )
             row |= found
             samples += sampled
         return row, samples

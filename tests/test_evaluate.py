@@ -76,6 +76,21 @@ def test_a_sample_keeps_its_text_whatever_is_sampled_beside_it(evaluator, evalua
     assert by_place(rest[0]) == {k: v for k, v in before.items() if k not in done}
 
 
+def test_an_evaluation_can_be_given_up_between_two_chunks(evaluator, model, monkeypatch):
+    """Of three chunks of four tokens the second is the last; nothing is verified."""
+    monkeypatch.setattr(verify.Verifier, "are_correct", lambda *_: pytest.fail("it went on"))
+    chunks = []
+
+    def between():
+        chunks.append(len(chunks))
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(model[1], EXAMPLES[:4], 1, jax.random.key(1), between=between)
+    assert chunks == [0, 1]
+
+
 def test_the_model_sees_the_rendered_chat_template(evaluator, evaluated, tokenizer):
     sample = evaluated[1][0]
     example = EXAMPLES[0]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole loop on a random pair: a golden step, exact resume, preemption, faults, no waste."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -126,7 +125,7 @@ def test_four_steps_equal_two_a_restore_and_two_more(finished, pair, tmp_path):
 
 @pytest.mark.parametrize("stage", ["rollout", "score", "select", "evaluate"])
 def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, stage, monkeypatch):
-    """In step 3 (after 2 updates), or in the evaluation that follows the second update."""
+    """In step 3 (after 2 updates), or in the last rollout of the evaluation after the second."""
     calls = {"n": 0}
 
     def signalling(function, at):
@@ -138,21 +137,21 @@ def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, 
 
         return wrapped
 
+    def disturb(sampler, at):
+        object.__setattr__(sampler, "run", signalling(sampler.run, at))  # it is frozen
+
     real_build = build.build
 
     def disturbed(config, workdir):
         job = real_build(config, workdir)
         if stage == "rollout":
-            sampler = dataclasses.replace(job.sampler)
-            run = signalling(sampler.run, at=3)
-            object.__setattr__(sampler, "run", run)
-            job.sampler = sampler
+            disturb(job.sampler, at=3)
         elif stage == "score":
             job.score = signalling(job.score, at=3)
         elif stage == "select":
             job.selection.finish = signalling(job.selection.finish, at=3)
-        else:
-            job.evaluate = signalling(job.evaluate, at=2)
+        else:  # two sets of problems each time
+            disturb(job.evaluator.sampler, at=4)
         return job
 
     monkeypatch.setattr(build, "build", disturbed)
@@ -160,6 +159,8 @@ def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, 
         train.run(fakes.small_config(pair), str(tmp_path))
     monkeypatch.setattr(build, "build", real_build)
     assert checkpoint.Checkpoints(str(tmp_path / "checkpoints")).steps()[-1] == 2
+    rows = [0, 1] if stage == "evaluate" else [0, 1, 2]  # what was not evaluated is not written
+    assert [row["step"] for row in metrics_of(tmp_path)] == rows
     train.run(fakes.small_config(pair), str(tmp_path))
     assert_same_run(tmp_path, finished)
 
