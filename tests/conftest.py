@@ -33,8 +33,12 @@ def pytest_configure(config):
         os.environ[f"JAX_{name.upper()}"] = str(value)
 
 
-# Compilation makes the first example slow, and a run is its seed: the same examples every time.
-settings.register_profile("opd_jax", deadline=None, derandomize=True)
+# Compilation makes the first example slow, and a run is its seed: the same examples every time,
+# unless somebody asks for more of them (tests/test_fuzz.py).
+rounds = int(os.environ.get("OPD_JAX_FUZZ", 0))
+settings.register_profile(
+    "opd_jax", deadline=None, derandomize=not rounds, max_examples=rounds or 100
+)
 settings.load_profile("opd_jax")
 
 

@@ -11,6 +11,7 @@ a key we ignored would be a model that is silently another one.
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,21 @@ from etils import epath
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+_MAX_SIZE = 2**31 - 1  # an index of an array
+# Key -> the largest whole number it may hold, from 1 on. Layers and experts are enumerated.
+_SIZES = dict.fromkeys(
+    (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "max_position_embeddings", "moe_intermediate_size"),
+        *("num_experts_per_tok", "decoder_sparse_step", "original_max_position_embeddings"),
+    ),
+    _MAX_SIZE,
+) | dict(num_hidden_layers=1024, num_experts=4096, num_local_experts=4096)
+_POSITIVE = {"rms_norm_eps", "rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow"}
+_POSITIVE |= {"mscale", "mscale_all_dim"}
+_BOOLS = {"tie_word_embeddings", "norm_topk_prob", "truncate", "use_sliding_window"}
+_BOOLS |= {"attention_bias"}
+_TEXTS = {"model_type", "hidden_act", "rope_type", "type"}
 _YARN_KEYS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 
 
@@ -101,7 +117,7 @@ class Qwen3Config:
             )
         try:
             raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not JSON ({error}); download or export the model again."
             ) from error
@@ -150,6 +166,60 @@ class Qwen3Config:
 
 def from_dict(raw: dict[str, Any], where: str) -> Qwen3Config:
     """Parsed config.json -> Qwen3Config; `where` names the file in errors."""
+    if problems := _mistyped(raw):
+        raise ValueError(
+            f"{where} is not a model's config ({'; '.join(problems)}). Correct it, or download or "
+            "export the model again."
+        )
+    try:
+        return _from_typed(raw, where)
+    except ValueError as error:  # of a combination of values
+        raise ValueError(error if where in str(error) else f"{where}: {error}") from None
+
+
+def _mistyped(raw: Any) -> list[str]:
+    """What of a config.json no model can have, whatever its kind."""
+    if not isinstance(raw, dict):
+        return [f"it must hold an object, this is {_shown(raw)}"]
+    problems = []
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(raw.get(key), dict):
+            problems += _mistyped_values(raw[key])
+        elif raw.get(key) is not None:
+            problems.append(f"{key} must be an object or null, this is {_shown(raw[key])}")
+    for key, kind in (("layer_types", str), ("mlp_only_layers", int)):
+        value = raw.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+            problems.append(f"{key} must be a list of {kind.__name__}, this is {_shown(value)}")
+    return problems + _mistyped_values(raw)
+
+
+def _mistyped_values(values: dict[str, Any]) -> list[str]:
+    """`_mistyped` of the single values that we read; null stands for a missing one."""
+    problems = []
+    for key, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = (whole or isinstance(value, float)) and 0 < value <= sys.float_info.max
+        if value is None:
+            continue
+        if key in _SIZES and not (whole and 1 <= value <= _SIZES[key]):
+            problems.append(f"{key} must be 1 to {_SIZES[key]}, this is {_shown(value)}")
+        elif key in _POSITIVE and not number:
+            problems.append(f"{key} must be a positive number, this is {_shown(value)}")
+        elif key in _BOOLS and not isinstance(value, bool):
+            problems.append(f"{key} must be true or false, this is {_shown(value)}")
+        elif key in _TEXTS and not isinstance(value, str):
+            problems.append(f"{key} must be text, this is {_shown(value)}")
+    return problems
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _from_typed(raw: dict[str, Any], where: str) -> Qwen3Config:
+    raw = {key: value for key, value in raw.items() if value is not None}
     problems = _unsupported(raw)
     scaling, rope_theta, rope_problems = _rope(raw)
     problems += rope_problems
@@ -197,7 +267,7 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
     problems = []
     if raw.get("model_type") not in ARCHITECTURES:
         problems.append(
-            f"model_type is {raw.get('model_type')!r}; we compute {sorted(ARCHITECTURES)}: "
+            f"model_type is {_shown(raw.get('model_type'))}; we compute {sorted(ARCHITECTURES)}: "
             "name a Qwen3 model"
         )
     if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
@@ -211,7 +281,7 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
         )
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(
-            f"hidden_act is {raw['hidden_act']!r}; we compute 'silu': use another checkpoint"
+            f"hidden_act is {_shown(raw['hidden_act'])}; we compute 'silu': use another checkpoint"
         )
     if raw.get("quantization_config"):
         problems.append(
@@ -235,7 +305,7 @@ def _rope(raw: dict[str, Any]) -> tuple[YaRN | None, float, list[str]]:
         theta = 0.0
     if kind not in ("default", "yarn"):
         problems.append(
-            f"rope_type is {kind!r}; we compute 'default' and 'yarn': use another checkpoint"
+            f"rope_type is {_shown(kind)}; we compute 'default' and 'yarn': use another checkpoint"
         )
     unknown = sorted(set(rope) - _ROPE_KEYS - (_YARN_KEYS if kind == "yarn" else set()))
     if unknown and kind in ("default", "yarn"):

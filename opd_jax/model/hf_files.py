@@ -3,6 +3,7 @@
 read."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class WeightFiles:
             keys = list(handle.keys())
         except SafetensorError as error:
             raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}. "
+                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: "
+                f"{str(error)[:300]}. "
                 f"It was probably cut while being copied. {_AGAIN}"
             ) from error
         self._open[name] = handle
@@ -83,21 +85,27 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise FileNotFoundError(_no_weights(directory))
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{index} is not an index with a weight_map ({error!r}). {_AGAIN}"
         ) from error
+    if not (isinstance(weight_map, dict) and all(isinstance(x, str) for x in weight_map.values())):
+        raise ValueError(f"the weight_map of {index} must map tensor names to file names. {_AGAIN}")
+    if not weight_map:
+        raise ValueError(f"the weight_map of {index} names no tensor. {_AGAIN}")
     files = sorted(set(weight_map.values()))
     # By name only, never by resolved path: the hub's cache is made of links that lead outside.
     outside = [
-        name for name in files if Path(name).name != name or not name.endswith(".safetensors")
+        name
+        for name in files
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable()
     ]
     if outside:
         raise ValueError(
             f"{index} points to {outside}: every file must be a *.safetensors directly inside "
             f"{directory}, so that loading a model reads nothing else. Do not trust this index."
         )
-    missing = [name for name in files if not (directory / name).exists()]
+    missing = [name for name in files if not os.path.exists(directory / name)]  # or too long
     if missing:
         raise FileNotFoundError(
             f"{directory} lacks {len(missing)} of the {len(files)} files in its index: {missing}. "

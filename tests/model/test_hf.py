@@ -226,14 +226,14 @@ def index_of_other_export(directory):
 REFUSED = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
     "broken config": (lambda d: (d / "config.json").write_text('{"a":'), "is not JSON"),
-    "other architecture": (change_config(model_type="llama"), r"'llama'; we compute \['qwen3', "),
+    "other architecture": (change_config(model_type="llama"), r"\"llama\"; we compute \['qwen3', "),
     "sliding window": (change_config(use_sliding_window=True), "use_sliding_window is on"),
     "bias": (change_config(attention_bias=True), "attention_bias is true"),
-    "activation": (change_config(hidden_act="gelu"), "hidden_act is 'gelu'; we compute 'silu'"),
+    "activation": (change_config(hidden_act="gelu"), "hidden_act is .gelu.; we compute 'silu'"),
     "quantised": (change_config(quantization_config={"a": 1}), "name the unquantised model"),
     "rope type": (
         change_config(rope_scaling=dict(rope_type="llama3", factor=8.0)),
-        "rope_type is 'llama3'; we compute 'default' and 'yarn'",
+        "rope_type is .llama3.; we compute 'default' and 'yarn'",
     ),
     "rope setting": (
         change_config(rope_scaling=tiny_models.YARN | dict(low_freq_factor=1)),
