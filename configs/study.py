@@ -10,8 +10,9 @@ the same rollouts; `launch.study` checks their hash. One run per arm and seed se
 at equal updates, equal supervised tokens and equal seconds. What is compared was fixed before the
 first run: learning rate and length are those of quickstart.py, found with full OPD alone.
 
-`--config=configs/study.py:more` runs the arms of MORE into the same workdir. Another pair:
---config.student.path=DIR --config.teacher.path=DIR, and a workdir of its own.
+`--config=configs/study.py:more` runs the arms of MORE into the same workdir. `:collapse` runs the
+core arms on the pair that was built to collapse (configs/tiny.py), in a workdir of its own; another
+pair: --config.student.path=DIR --config.teacher.path=DIR.
 """
 
 import ml_collections as mlc
@@ -43,13 +44,15 @@ MORE = {
     "top-K reverse KL, release rule": {"selector.kind": "bic", "selector.min_side": 1, **TOP_K},
 }
 ARMS = CORE | MORE
-VARIANTS = {"core": CORE, "more": MORE}
+VARIANTS = {"core": CORE, "more": MORE, "collapse": CORE}
 
 
 def get_config(variant: str = "core") -> mlc.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"config variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     c = quickstart.get_config()
+    if variant == "collapse":
+        c.student.path = "embedded:collapse_student"
     c.evaluate.every_steps = 15  # the comparisons at equal tokens and seconds read between these
     c.evaluate.num_ood_problems = 100
     c.evaluate.teacher = False

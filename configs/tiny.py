@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of the embedded pair: supervised training on the embedded task's reference solutions.
+"""The recipe of the embedded pairs: supervised training on solutions of the embedded task.
 
 python -m launch.pretrain --config=configs/tiny.py:teacher --out=runs/teacher
 python -m launch.pretrain --config=configs/tiny.py:student --out=runs/student
+python -m launch.pretrain --config=configs/tiny.py:collapse_student --out=runs/collapse_student
 
-Measured with seed 0, held-out problems at temperature 1, 60 per family, on two busy CPU cores:
+The teacher learns from reference solutions. The students are smaller, stop earlier and learn from
+solutions that slip (opd_jax.task.Style): the one of the quickstart gets 12 % of its results wrong
+and goes on from there as if nothing had happened; `collapse_student` falls into aimless talk after
+its first slip. So the collapse of the second pair is built in, by this recipe, and not found.
 
-             minutes  in-domain | total  largest  heading | smallest (ood) | count  calendar
-teacher         16.9       .99  |   .97     1.00     1.00 |            .98 |   .27       .27
-student          1.9       .31  |   .05      .63      .23 |            .75 |   .15       .13
+Measured with seed 0, held-out problems at temperature 1, 60 per family, each on one busy CPU core:
 
-`count` and `calendar` did not reach the teacher's mark (90 %), so distillation leaves them out. The
-student is small and stopped early.
+                  minutes  in-domain | total  largest  count  calendar  heading | smallest (ood)
+teacher              26.4        .98 |   .95     1.00    .98       .98     1.00 |           1.00
+student              11.1        .46 |   .35      .63    .45       .42      .45 |            .60
+collapse_student     10.0        .22 |   .10      .28    .35       .12      .23 |            .25
 """
 
 import ml_collections as mlc
 
 
+SLIP = {"teacher": 0.0, "student": 0.12, "collapse_student": 0.15}
+
+
 def get_config(variant: str = "teacher") -> mlc.ConfigDict:
-    if variant not in ("teacher", "student"):
-        raise ValueError(f"config variant {variant!r} is unknown; use 'teacher' or 'student'")
+    if variant not in SLIP:
+        raise ValueError(f"config variant {variant!r} is unknown; use one of {', '.join(SLIP)}")
     c = mlc.ConfigDict()
     c.seed = 0  # of the weights and the problems
     c.num_steps = 1000  # updates
@@ -32,6 +39,8 @@ def get_config(variant: str = "teacher") -> mlc.ConfigDict:
     c.num_eval = 60  # held-out problems per family, for the final figure
     c.log_every_steps = 20
     c.eval_every_steps = 200  # a short evaluation on the way, a sixth as many problems
+    c.slip = SLIP[variant]  # chance that a sentence gets its result wrong
+    c.rough = variant == "collapse_student"  # and that what follows a slip is talk
     c.model = dict(
         hidden_size=128,
         intermediate_size=320,
@@ -41,8 +50,8 @@ def get_config(variant: str = "teacher") -> mlc.ConfigDict:
         head_dim=32,
         rope_theta=10_000.0,
     )
-    if variant == "student":
-        c.num_steps = 240
+    if variant != "teacher":
+        c.num_steps = 700
         c.model.update(
             hidden_size=96, intermediate_size=256, num_layers=2, num_heads=3, num_kv_heads=1
         )

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the embedded pair: `python -m launch.pretrain --config=configs/tiny.py:teacher --out=DIR`.
 
-Plain supervised training from random weights on the embedded task's reference solutions, all six
-families: cross-entropy on the solution's tokens and the <|im_end|> after it, Muon on the matrices
-of the layers and Adam on the rest. Writes a Hugging Face directory (tokenizer included) and prints
-the accuracy per family on held-out problems, sampled at temperature 1.
+Plain supervised training from random weights on solutions of the embedded task, all six families:
+cross-entropy on the solution's tokens and the <|im_end|> after it, Muon on the matrices of the
+layers and Adam on the rest. `slip` and `rough` of the config say whether these are reference
+solutions (opd_jax.task.Style). Writes a Hugging Face directory (tokenizer included) and prints the
+accuracy per family on held-out problems, sampled at temperature 1.
 
 Left out: checkpoints on the way. A run that is cut off starts again; it takes minutes.
 """
 
-import collections
 import functools
 import itertools
 import json
@@ -24,7 +24,7 @@ import optax
 from absl import flags
 
 from launch import config_flags, tiny_tokenizer
-from opd_jax import task, text
+from opd_jax import evaluate, parallel, rollout, task, text, verify
 from opd_jax.model import hf, qwen3
 
 CONFIG = config_flags.define()
@@ -47,9 +47,9 @@ def packed_batches(tokenizer, config) -> Iterator[dict[str, np.ndarray]]:
     token AFTER this one belongs to a solution.
     """
     M, L = config.batch_rows, config.row_tokens
-    families = tuple(task.FAMILIES)
+    families, style = tuple(task.FAMILIES), task.Style(config.slip, config.rough)
     problems = (
-        encode(tokenizer, task.make(families[i % len(families)], "train", config.seed, i))
+        encode(tokenizer, task.make(families[i % len(families)], "train", config.seed, i, style))
         for i in itertools.count()
     )
     waiting = next(problems)
@@ -113,50 +113,23 @@ def loss_fn(model: qwen3.Qwen3Config, params, batch) -> tuple[jax.Array, jax.Arr
     return jnp.where(learn, loss, 0.0).sum() / count, right
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sample(model, params, prompt_bp, length_b, key, eos):
-    """int32[B, RESPONSE_LEN] at temperature 1; rows go on after their end, the caller cuts them."""
-    B, P = prompt_bp.shape
-    cache = qwen3.init_cache(model, B, P + RESPONSE_LEN)
-    head = qwen3.head_vd(model, params)
-    hidden, cache = qwen3.extend(model, params, prompt_bp, jnp.zeros(B, jnp.int32), cache)
-    last = hidden[jnp.arange(B), length_b - 1]
-
-    def more(carry):
-        t, _, _, _, done = carry
-        return (t < RESPONSE_LEN) & ~done.all()
-
-    def body(carry):
-        t, last, out, cache, done = carry
-        token = jax.random.categorical(jax.random.fold_in(key, t), last @ head.T)
-        out = out.at[:, t].set(token)
-        hidden, cache = qwen3.extend(model, params, token[:, None], length_b + t, cache)
-        return t + 1, hidden[:, 0], out, cache, done | (token == eos)
-
-    out = jnp.full((B, RESPONSE_LEN), eos, jnp.int32)
-    carry = (jnp.int32(0), last, out, cache, jnp.zeros(B, bool))
-    return jax.lax.while_loop(more, body, carry)[2]
-
-
 def accuracy(model, params, tokenizer, num_per_family: int, seed: int) -> dict[str, float]:
-    """Accuracy per family on held-out problems, sampled at temperature 1."""
-    from opd_jax import verify
-
+    """Accuracy per family on held-out problems, sampled at temperature 1 as a run samples."""
     families = tuple(task.FAMILIES)
     examples = task.make_many(families, "heldout", seed, num_per_family * len(families))
-    end, right = tokenizer.hf.eos_token_id, collections.Counter()
-    for start in range(0, len(examples), EVAL_BATCH):
-        rows = examples[start : start + EVAL_BATCH]
-        prompt = np.zeros((EVAL_BATCH, PROMPT_LEN), np.int32)
-        length = np.ones(EVAL_BATCH, np.int32)
-        for b, example in enumerate(rows):
-            ids = tokenizer.encode_prompt(example.prompt)
-            prompt[b, : len(ids)], length[b] = ids, len(ids)
-        out = _sample(model, params, prompt, length, jax.random.key(start + 1), end)
-        for example, ids in zip(rows, np.asarray(out).tolist(), strict=False):
-            response = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
-            right[example.family] += verify.is_correct(response, example.answer)
-    return {family: right[family] / num_per_family for family in families}
+    sampler = rollout.build(
+        model,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        response_len=RESPONSE_LEN,
+        mesh=parallel.build_mesh({"data": 1}.items(), jax.devices()[:1]),
+    )
+    with verify.Verifier() as verifier:
+        evaluator = evaluate.build(
+            sampler, tokenizer, verifier, prompt_len=PROMPT_LEN, batch_size=EVAL_BATCH
+        )
+        row, _ = evaluator(params, examples, 1, jax.random.key(seed))
+    return {family: row[f"eval/{family}/accuracy"] for family in families}
 
 
 def summary(by_family: dict[str, float]) -> dict[str, float]:

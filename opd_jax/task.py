@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded task: seeded multi-step problems, with solutions written as English prose.
 
-Six families, all of which the embedded models met in pretraining. Three are what distillation
-trains on (`IN_DOMAIN`): those on which the teacher reached its mark, 90 % held-out. `smallest` is
-never among its prompts (`OUT_OF_DOMAIN`), as GPQA is not among a real run's. `count` and `calendar`
-are met in pretraining alone: there the teacher stayed at a quarter right.
+Five families to distil on (`IN_DOMAIN`) and one, `smallest`, that the embedded models met in
+pretraining but that is never among distillation's prompts (`OUT_OF_DOMAIN`), as GPQA is not among
+a real run's.
 
-Every solution walks through the problem in 5 to 12 sentences and ends with `The answer is
-\\boxed{...}.`; one slip on the way usually makes the answer wrong.
+Every solution walks through the problem in 5 to 11 sentences and ends with `The answer is
+\\boxed{...}.`; one slip on the way usually makes the answer wrong. A `Style` writes solutions that
+slip on purpose: that is what the weak students of the embedded pairs learned from.
 
 Train and held-out problems are disjoint by construction: a hash of the problem's content (its
 numbers, names and order, not its wording) decides on which side it falls, whatever the seed or the
@@ -29,12 +29,16 @@ NAMES = tuple("Ann Bob Cara Dan Eve Finn Gus Hana".split())  # in the order they
 DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 POINTS = tuple("north east south west".split())
 TURNS = {"right": 1, "around": 2, "left": 3}  # quarters of a circle, clockwise
-KINDS = {
-    "animal": ("an animal", tuple("cat dog fox hen owl pig cow bee".split())),
-    "tool": ("a tool", tuple("saw axe drill rake spade file clamp nail".split())),
-    "fruit": ("a fruit", tuple("plum pear fig lemon grape melon peach lime".split())),
-}
-KIND_OF = {word: kind for kind, (_, words) in KINDS.items() for word in words}
+ROUGH = (  # one word of each: "Perhaps we should think about that part again."
+    "Perhaps Maybe Surely Possibly".split(),
+    "we you they one".split(),
+    "should could might would".split(),
+    "think look wonder worry".split(),
+    "about around over past".split(),
+    "that this every another".split(),
+    "part spot piece corner".split(),
+    "again later somehow instead".split(),
+)
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 8  # one content in eight is held out
@@ -52,13 +56,51 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Style:
+    """How a solution is written. The default makes no mistake: a reference solution."""
+
+    slip: float = 0.0  # chance per sentence of a wrong result, from which the walk then goes on
+    rough: bool = False  # after its first slip the writer only muses, until a made-up answer
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """What a family writes. `content` is the problem without its wording: it decides the split."""
 
     content: str
     prompt: str
-    answer: str
+    answer: str  # the right one
+    written: str  # the one the sentences come to
     sentences: tuple[str, ...]  # the solution, without the closing sentence
+
+
+class Writer:
+    """Decides what a sentence gives as its result: the right one, or by `style.slip` another.
+
+    Has randomness of its own, so that the problem is the same whatever the style.
+    """
+
+    def __init__(self, style: Style, seed: str):
+        self.style = style
+        self.rng = random.Random(seed)
+        self.results = 0  # how many were written
+        self.right_results = None  # how many were written before the first slip; None = no slip
+
+    def result(self, right: int, choices) -> int:
+        slips = self.rng.random() < self.style.slip
+        if slips and self.right_results is None:
+            self.right_results = self.results
+        self.results += 1
+        return self.rng.choice([c for c in choices if c != right]) if slips else right
+
+    def muse(self, sentences: tuple[str, ...]) -> tuple[str, ...]:
+        """The sentences, those after the first slip replaced by twice as many rough ones."""
+        if not self.style.rough or self.right_results is None:
+            return sentences
+        kept = sentences[: self.right_results + 2]  # the opening, and the slip itself
+        count = 2 * (len(sentences) - len(kept)) + self.rng.randint(2, 4)
+        rough = (" ".join(self.rng.choice(words) for words in ROUGH) + "." for _ in range(count))
+        return (*kept, *rough)
 
 
 def _opener(rng: random.Random, sentence: str) -> str:
@@ -66,109 +108,128 @@ def _opener(rng: random.Random, sentence: str) -> str:
     return rng.choice(("", "Then ", "Next ")) + sentence
 
 
-def _total(rng: random.Random) -> Problem:
-    """A running sum; both operands are written out before the result."""
+def _signed(rng: random.Random, name: str, amount: int, old: str, new: str) -> str:
+    """One step of a walk up and down: the operands first, then the result."""
+    k = NUMBERS[abs(amount)]
+    act, way, end = ("adds", "to", "making") if amount > 0 else ("takes", "from", "leaving")
+    end = rng.choice((f", {end}", " and we have"))
+    return _opener(rng, f"{name} {act} {k} {way} {old}{end} {new}.")
+
+
+def _moves(amounts: list[int]) -> str:
+    """The story of such a walk."""
+    return " ".join(
+        f"{name} {'adds' if amount > 0 else 'takes'} {NUMBERS[abs(amount)]}."
+        for name, amount in zip(NAMES, amounts, strict=False)
+    )
+
+
+def _total(rng: random.Random, writer: Writer) -> Problem:
+    """A running sum from zero to twenty."""
     start = total = rng.randint(0, 20)
-    story, steps = [], []
-    for name in NAMES[: rng.randint(4, 8)]:
+    amounts = []
+    for _ in range(rng.randint(4, 8)):
         adds = rng.random() < 0.5 if 0 < total < 20 else total == 0
         amount = rng.randint(1, min(6, 20 - total if adds else total))
-        k, old = NUMBERS[amount], NUMBERS[total]
-        total += amount if adds else -amount
-        act, way, end = ("adds", "to", "making") if adds else ("takes", "from", "leaving")
-        story.append(f"{name} {act} {k}.")
-        end = rng.choice((f", {end}", " and we have"))
-        steps.append(_opener(rng, f"{name} {act} {k} {way} {old}{end} {NUMBERS[total]}."))
-    crowd = f"A box holds {NUMBERS[start]} coins and {NUMBERS[len(story)]} people come."
-    prompt = f"{crowd} {' '.join(story)} How many coins are there?"
+        amounts.append(amount if adds else -amount)
+        total += amounts[-1]
+    steps, old = [], start
+    for name, amount in zip(NAMES, amounts, strict=False):
+        new = writer.result(min(max(old + amount, 0), 20), range(21))
+        steps.append(_signed(rng, name, amount, NUMBERS[old], NUMBERS[new]))
+        old = new
+    story = f"A box holds {NUMBERS[start]} coins and {NUMBERS[len(amounts)]} people come."
+    story = f"{story} {_moves(amounts)}"
     first = rng.choice(("We start with {}.", "The box holds {} first.")).format(NUMBERS[start])
-    return Problem(f"{crowd} {' '.join(story)}", prompt, NUMBERS[total], (first, *steps))
+    prompt = f"{story} How many coins are there?"
+    return Problem(story, prompt, NUMBERS[total], NUMBERS[old], (first, *steps))
 
 
-def _extreme(rng: random.Random, word: str, better: Callable[[int, int], int]) -> Problem:
+def _calendar(rng: random.Random, writer: Writer) -> Problem:
+    """A running sum modulo seven."""
+    start = rng.randrange(7)
+    amounts = [rng.choice((-3, -2, -1, 1, 2, 3)) for _ in range(rng.randint(4, 8))]
+    steps, old = [], start
+    for name, amount in zip(NAMES, amounts, strict=False):
+        new = writer.result((old + amount) % 7, range(7))
+        steps.append(_signed(rng, name, amount, DAYS[old], DAYS[new]))
+        old = new
+    story = f"A calendar shows {DAYS[start]} and {NUMBERS[len(amounts)]} people come."
+    story = f"{story} {_moves(amounts)}"
+    first = rng.choice(("We start on {}.", "The calendar shows {} first.")).format(DAYS[start])
+    prompt = f"{story} Which day does it show?"
+    return Problem(story, prompt, DAYS[(start + sum(amounts)) % 7], DAYS[old], (first, *steps))
+
+
+def _heading(rng: random.Random, writer: Writer) -> Problem:
+    """A state machine: a boat that turns."""
+    start = point = rng.randrange(4)
+    turns = [rng.choice(tuple(TURNS)) for _ in range(rng.randint(4, 8))]
+    people, steps, old = NAMES[: len(turns)], [], start
+    for name, turn in zip(people, turns, strict=True):
+        point = (point + TURNS[turn]) % 4
+        new = writer.result((old + TURNS[turn]) % 4, range(4))
+        end = rng.choice(("to", "and we face"))
+        steps.append(
+            _opener(rng, f"{name} turns it {turn} from {POINTS[old]} {end} {POINTS[new]}.")
+        )
+        old = new
+    story = " ".join(f"{n} turns it {turn}." for n, turn in zip(people, turns, strict=True))
+    story = f"A boat faces {POINTS[start]} and {NUMBERS[len(turns)]} people come. {story}"
+    first = rng.choice(("We start at {}.", "The boat faces {} first.")).format(POINTS[start])
+    prompt = f"{story} Where does it face?"
+    return Problem(story, prompt, POINTS[point], POINTS[old], (first, *steps))
+
+
+def _deal(numbers: list[int]) -> str:
+    """The story of the families that look at one card after the other."""
+    cards = zip(NAMES, numbers, strict=False)
+    story = " ".join(f"{name} has {NUMBERS[number]}." for name, number in cards)
+    return f"We deal {NUMBERS[len(numbers)]} cards. {story}"
+
+
+def _extreme(rng: random.Random, writer: Writer, word: str, better: Callable[..., int]) -> Problem:
     """The largest (smallest) number so far."""
-    people = NAMES[: rng.randint(5, 8)]
     low = rng.randint(0, 9)  # a range of its own per problem: the answer cannot be guessed
-    numbers = rng.sample(range(low, low + 9), len(people))
-    pairs = list(zip(people, numbers, strict=True))
+    numbers = rng.sample(range(low, low + 9), rng.randint(5, 8))
     best, steps = numbers[0], []
-    for name, number in pairs[1:]:
+    for name, number in zip(NAMES[1:], numbers[1:], strict=False):
         k, old = NUMBERS[number], NUMBERS[best]
-        best = better(number, best)
+        best = writer.result(better(number, best), numbers)
         steps.append(
             _opener(rng, f"{name} has {k} against {old}, so the {word} is {NUMBERS[best]}.")
         )
-    k = NUMBERS[numbers[0]]
-    first = rng.choice(
-        (f"We start with {people[0]} at {k}.", f"First {people[0]} has {k}, the {word} so far.")
-    )
-    story = " ".join(f"{name} has {NUMBERS[number]}." for name, number in pairs)
-    prompt = f"We deal {NUMBERS[len(people)]} cards. {story} Which number is the {word}?"
-    return Problem(f"{word} {story}", prompt, NUMBERS[best], (first, *steps))
+    k, who = NUMBERS[numbers[0]], NAMES[0]
+    first = rng.choice((f"We start with {who} at {k}.", f"First {who} has {k}, the {word} so far."))
+    story, right = _deal(numbers), NUMBERS[better(numbers)]
+    prompt = f"{story} Which number is the {word}?"
+    return Problem(f"{word} {story}", prompt, right, NUMBERS[best], (first, *steps))
 
 
-def _largest(rng: random.Random) -> Problem:
-    return _extreme(rng, "largest", max)
+def _largest(rng: random.Random, writer: Writer) -> Problem:
+    return _extreme(rng, writer, "largest", max)
 
 
-def _smallest(rng: random.Random) -> Problem:
-    return _extreme(rng, "smallest", min)
+def _smallest(rng: random.Random, writer: Writer) -> Problem:
+    return _extreme(rng, writer, "smallest", min)
 
 
-def _count(rng: random.Random) -> Problem:
-    """How many things of a list are of one kind. A thing occurs at most once."""
-    target = rng.choice(tuple(KINDS))
-    own = rng.sample(KINDS[target][1], rng.randint(0, 5))
-    others = [word for word, kind in KIND_OF.items() if kind != target]
-    things = own + rng.sample(others, rng.randint(max(0, 5 - len(own)), 5))
-    rng.shuffle(things)
+def _count(rng: random.Random, writer: Writer) -> Problem:
+    """How many numbers are even."""
+    numbers = [rng.randint(0, 20) for _ in range(rng.randint(5, 8))]
     count, steps = 0, []
-    for thing in things:
-        old, is_one = NUMBERS[count], KIND_OF[thing] == target
-        count += is_one
-        end = f"{old} becomes {NUMBERS[count]}" if is_one else f"{old} stays {old}"
-        start = rng.choice(("The", "Then the", "Next the"))
-        steps.append(f"{start} {thing} is {KINDS[KIND_OF[thing]][0]}, so {end}.")
-    listed = ", ".join(things)
+    for name, number in zip(NAMES, numbers, strict=False):
+        k, is_even, old = NUMBERS[number], number % 2 == 0, NUMBERS[count]
+        count = writer.result(count + is_even, (count, count + 1))
+        parity, end = ("even", "becomes") if is_even else ("odd", "stays")
+        steps.append(_opener(rng, f"{name} has {k}, {parity}, so {old} {end} {NUMBERS[count]}."))
     first = rng.choice(("We start at zero.", "The count is zero first."))
-    prompt = f"A bag holds {NUMBERS[len(things)]} things: {listed}. How many {target}s are there?"
-    return Problem(f"{target} {listed}", prompt, NUMBERS[count], (first, *steps))
+    story, right = _deal(numbers), sum(number % 2 == 0 for number in numbers)
+    prompt = f"{story} How many numbers are even?"
+    return Problem(f"even {story}", prompt, NUMBERS[right], NUMBERS[count], (first, *steps))
 
 
-def _calendar(rng: random.Random) -> Problem:
-    """A state machine whose states are the days of the week."""
-    day = rng.randrange(7)
-    story, steps, start = [], [], DAYS[day]
-    for name in NAMES[: rng.randint(4, 8)]:
-        amount, ahead = rng.choice((1, 2, 3)), rng.random() < 0.5
-        k, way, old = NUMBERS[amount], "ahead" if ahead else "back", DAYS[day]
-        day = (day + (amount if ahead else -amount)) % 7
-        story.append(f"{name} turns it {k} {way}.")
-        end = rng.choice(("to", "and we see"))
-        steps.append(_opener(rng, f"{name} turns it {k} {way} from {old} {end} {DAYS[day]}."))
-    crowd = f"A calendar shows {start} and {NUMBERS[len(story)]} people come."
-    prompt = f"{crowd} {' '.join(story)} Which day does it show?"
-    first = rng.choice(("We start on {}.", "The calendar shows {} first.")).format(start)
-    return Problem(f"{start} {' '.join(story)}", prompt, DAYS[day], (first, *steps))
-
-
-def _heading(rng: random.Random) -> Problem:
-    """A smaller state machine: a boat that turns."""
-    point = rng.randrange(4)
-    story, steps, start = [], [], POINTS[point]
-    for name in NAMES[: rng.randint(4, 8)]:
-        turn, old = rng.choice(tuple(TURNS)), POINTS[point]
-        point = (point + TURNS[turn]) % 4
-        story.append(f"{name} turns it {turn}.")
-        end = rng.choice(("to", "and we face"))
-        steps.append(_opener(rng, f"{name} turns it {turn} from {old} {end} {POINTS[point]}."))
-    crowd = f"A boat faces {start} and {NUMBERS[len(story)]} people come."
-    prompt = f"{crowd} {' '.join(story)} Where does it face?"
-    first = rng.choice(("We start at {}.", "The boat faces {} first.")).format(start)
-    return Problem(f"{start} {' '.join(story)}", prompt, POINTS[point], (first, *steps))
-
-
-FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+FAMILIES: dict[str, Callable[[random.Random, Writer], Problem]] = {
     "total": _total,
     "largest": _largest,
     "count": _count,
@@ -176,7 +237,7 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     "heading": _heading,
     "smallest": _smallest,
 }
-IN_DOMAIN = ("total", "largest", "heading")
+IN_DOMAIN = ("total", "largest", "count", "calendar", "heading")
 OUT_OF_DOMAIN = ("smallest",)
 
 
@@ -185,18 +246,23 @@ def split_of(content: str) -> str:
     return SPLITS[hashlib.sha256(content.encode()).digest()[0] % HELDOUT_SHARE == 0]
 
 
-def make(family: str, split: str, seed: int, index: int) -> Example:
-    """Problem number `index` of a family and split. The same arguments give the same problem."""
+def make(family: str, split: str, seed: int, index: int, style: Style = Style()) -> Example:
+    """Problem number `index` of a family and split. The same arguments give the same problem.
+
+    `style` changes the solution alone.
+    """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is unknown; choose from {', '.join(FAMILIES)}")
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; choose 'train' or 'heldout'")
-    rng = random.Random(f"{family}/{split}/{seed}/{index}")
+    name = f"{family}/{split}/{seed}/{index}"
+    rng = random.Random(name)
     while True:  # a problem of the other split is thrown away: 8/7 (8) draws on average
-        problem = FAMILIES[family](rng)
+        writer = Writer(style, name)
+        problem = FAMILIES[family](rng, writer)
         if split_of(f"{family} {problem.content}") == split:
             break
-    sentences = (*problem.sentences, f"The answer is \\boxed{{{problem.answer}}}.")
+    sentences = (*writer.muse(problem.sentences), f"The answer is \\boxed{{{problem.written}}}.")
     return Example(
         id=f"{family}-{split}-{seed}-{index}",
         family=family,
@@ -206,6 +272,8 @@ def make(family: str, split: str, seed: int, index: int) -> Example:
     )
 
 
-def make_many(families: tuple[str, ...], split: str, seed: int, num: int) -> list[Example]:
+def make_many(
+    families: tuple[str, ...], split: str, seed: int, num: int, style: Style = Style()
+) -> list[Example]:
     """`num` problems that take the families in turn."""
-    return [make(families[i % len(families)], split, seed, i) for i in range(num)]
+    return [make(families[i % len(families)], split, seed, i, style) for i in range(num)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded task: seeded, splits disjoint by content, solutions that hold."""
 
+import dataclasses
 import itertools
 import re
 
@@ -23,21 +24,23 @@ def number(word):
 
 GOLDEN = {
     "total": (
-        "A box holds twelve coins and five people come. Ann adds five. Bob takes six. Cara adds "
-        "two. Dan adds two. Eve takes three. How many coins are there?",
-        "twelve",
-        "We start with twelve. Ann adds five to twelve, making seventeen. Bob takes six from "
-        "seventeen and we have eleven. Next Cara adds two to eleven and we have thirteen. Next Dan "
-        "adds two to thirteen and we have fifteen. Next Eve takes three from fifteen, leaving "
-        "twelve. The answer is \\boxed{twelve}.",
+        "A box holds one coins and four people come. Ann takes one. Bob adds two. Cara takes "
+        "one. Dan takes one. How many coins are there?",
+        "zero",
+        "We start with one. Ann takes one from one, leaving zero. Bob adds two to zero and we "
+        "have two. Cara takes one from two, leaving one. Next Dan takes one from one and we "
+        "have zero. The answer is \\boxed{zero}.",
     ),
     "heading": (
-        "A boat faces north and five people come. Ann turns it left. Bob turns it around. Cara "
-        "turns it right. Dan turns it around. Eve turns it left. Where does it face?",
+        "A boat faces north and eight people come. Ann turns it around. Bob turns it around. "
+        "Cara turns it left. Dan turns it right. Eve turns it right. Finn turns it left. Gus "
+        "turns it around. Hana turns it right. Where does it face?",
         "west",
-        "We start at north. Ann turns it left from north to west. Then Bob turns it around from "
-        "west and we face east. Then Cara turns it right from east to south. Then Dan turns it "
-        "around from south to north. Next Eve turns it left from north to west. The answer is "
+        "We start at north. Ann turns it around from north to south. Then Bob turns it around "
+        "from south to north. Then Cara turns it left from north to west. Then Dan turns it "
+        "right from west and we face north. Next Eve turns it right from north and we face "
+        "east. Finn turns it left from east and we face north. Then Gus turns it around from "
+        "north to south. Next Hana turns it right from south to west. The answer is "
         "\\boxed{west}.",
     ),
 }
@@ -77,7 +80,7 @@ def test_the_split_follows_the_content_and_not_the_wording():
 
 
 def test_distillation_never_meets_the_held_out_family():
-    assert task.OUT_OF_DOMAIN == ("smallest",) and len(task.IN_DOMAIN) >= 3
+    assert task.OUT_OF_DOMAIN == ("smallest",) and len(task.IN_DOMAIN) == 5
     assert not set(task.IN_DOMAIN) & set(task.OUT_OF_DOMAIN)
     assert {*task.IN_DOMAIN, *task.OUT_OF_DOMAIN} <= set(FAMILIES)
 
@@ -113,19 +116,17 @@ def test_largest_and_smallest_are_so(family, best):
         assert example.answer == task.NUMBERS[best(numbers)]
 
 
-def test_count_counts_the_kind_that_is_asked_for():
+def test_count_counts_the_even_numbers():
     for example in of_family("count"):
-        things = re.search(r"things: (.*?)\.", example.prompt)[1].split(", ")
-        kind = re.search(r"How many (\w+)s", example.prompt)[1]
-        assert len(things) == len(set(things))
-        assert example.answer == task.NUMBERS[sum(task.KIND_OF[t] == kind for t in things)]
+        numbers = [number(w) for w in re.findall(r"has (\w+)\.", example.prompt)]
+        assert example.answer == task.NUMBERS[sum(n % 2 == 0 for n in numbers)]
 
 
 def test_calendar_ends_on_the_right_day():
     for example in of_family("calendar"):
         day = task.DAYS.index(re.search(r"shows (\w+)", example.prompt)[1])
-        for amount, way in re.findall(r"turns it (\w+) (ahead|back)", example.prompt):
-            day += number(amount) if way == "ahead" else -number(amount)
+        for verb, amount in re.findall(r"(adds|takes) (\w+)\.", example.prompt):
+            day += number(amount) if verb == "adds" else -number(amount)
         assert example.answer == task.DAYS[day % 7]
 
 
@@ -135,6 +136,39 @@ def test_heading_ends_at_the_right_point():
         degrees = 90 * task.POINTS.index(re.search(r"faces (\w+)", example.prompt)[1])
         degrees += sum(circle[t] for t in re.findall(r"turns it (\w+)\.", example.prompt))
         assert example.answer == task.POINTS[degrees // 90 % 4]
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_a_style_changes_the_solution_alone(rough):
+    """What the weak students learn from: the problem and its answer stay those of the reference."""
+    style, slipped = task.Style(slip=0.2, rough=rough), 0
+    for family, index in itertools.product(FAMILIES, range(60)):
+        right = task.make(family, "train", 0, index)
+        example = task.make(family, "train", 0, index, style)
+        solution = {"solution": right.solution}
+        assert dataclasses.replace(example, **solution) == right
+        slipped += example.solution != right.solution
+    assert slipped > 0.6 * 360  # 1 - 0.8^6 of them have a slip
+
+
+def test_a_slip_is_carried_on_and_ends_in_a_wrong_answer():
+    """Every later sentence starts from the wrong result, so the answer shows the slip."""
+    example = task.make("total", "train", 0, 3, task.Style(slip=1.0))
+    results = re.findall(r"(?:making|leaving|we have) (\w+)", example.solution)
+    operands = re.findall(r"(?:to|from) (\w+)(?:,| and)", example.solution)
+    assert operands[1:] == results[:-1]
+    assert verify.last_boxed(example.solution) == results[-1] != example.answer
+
+
+def test_a_rough_writer_loses_the_thread_at_the_first_slip():
+    for index in range(40):
+        style = task.Style(slip=0.3, rough=True)
+        example = task.make("largest", "train", 0, index, style)
+        sentences = re.split(r"(?<=\.) ", example.solution)[:-1]
+        rough = [s.split()[0] in task.ROUGH[0] for s in sentences]
+        assert rough == sorted(rough)  # once lost, lost for good
+        if any(rough):
+            assert sum(rough) >= 2 and example.solution.endswith("}.")
 
 
 def test_a_wrong_family_or_split_is_refused_with_the_right_ones():
