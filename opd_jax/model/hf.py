@@ -271,8 +271,7 @@ def save(
     """Writes a directory that transformers and vLLM load; dtype as in params.
 
     Written under a temporary name and renamed: a failure leaves an earlier directory as it was. In
-    a
-    multi-process run every process calls this and process 0 writes.
+    a multi-process run every process calls this and process 0 writes.
 
     Args:
       directory: created; replaced if it holds a model already. May be remote (gs://...).
@@ -295,6 +294,8 @@ def save(
         _write_weights(config, params, temporary, max_shard_bytes, writer)
         if writer:
             _write_extras(config, params, temporary, Path(source) if source else None)
+            for file in temporary.glob("*.safetensors"):  # safetensors writes them for us alone
+                shutil.copymode(temporary / "config.json", file)
             _publish(temporary, target, remote)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

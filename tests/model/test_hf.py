@@ -51,6 +51,12 @@ def test_saved_names_are_hugging_faces(tmp_path):
     assert_same(ours, theirs)
 
 
+def test_whoever_can_read_the_config_can_read_the_weights(tmp_path):
+    """safetensors creates files for their owner alone; what serves the model may be another."""
+    hf.save(*hf.load(tiny_models.write(tmp_path / "model", MOE)), tmp_path / "saved")
+    assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
+
+
 def test_index_names_the_file_of_every_tensor(tmp_path):
     config, params = hf.load(tiny_models.write(tmp_path / "model", TIED))
     hf.save(config, params, tmp_path / "saved", max_shard_bytes=10_000)
