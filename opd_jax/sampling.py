@@ -81,7 +81,7 @@ def sample(
     if not 0 < num_candidates <= vocab_size:
         raise ValueError(
             f"num_candidates={num_candidates} must be 1 to {vocab_size}, the tokens "
-            "in the vocabulary. Set --config.rollout.num_candidates=4."
+            f"in the vocabulary. Set --config.rollout.num_candidates={min(4, vocab_size)}."
         )
     blocks_bnm = _blocks(logits_bv, vocab_size)
     num_columns = blocks_bnm.shape[1] * BLOCK

@@ -190,8 +190,3 @@ def test_export_reads_parameters_alone(two_saved):
     assert checkpoint.Checkpoints(two_saved).read_params(2)[0] == 2
     with pytest.raises(ValueError, match="set --step"):
         checkpoint.Checkpoints(two_saved).read_params(3)
-
-
-def test_keep_last_zero_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--config.checkpoint.keep_last=2"):
-        checkpoint.Checkpoints(tmp_path / "c", keep_last=0)

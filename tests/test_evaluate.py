@@ -112,12 +112,6 @@ def test_evaluation_and_training_write_a_prompt_the_same_way(evaluator, tokenize
         np.testing.assert_array_equal(trained.valid_bp, evaluated.valid_bp)
 
 
-def test_a_long_prompt_is_refused_with_the_flag(evaluator, model):
-    long = task.Example("long-1", "f", "one " * 300, "one")
-    with pytest.raises(ValueError, match=r"'long-1' has 3\d\d tokens.*--config.data.prompt_len=3"):
-        evaluator(model[1], [EXAMPLES[0], long], 1, jax.random.key(0))
-
-
 # ---------------------------------------------------------------- figures from samples
 
 

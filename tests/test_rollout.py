@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -286,15 +285,3 @@ def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes):
     for i in range(3):
         part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B], out)
         assert_same_rollout(part, sampled[0])
-
-
-def test_slots_that_do_not_divide_over_the_mesh_name_the_flag(params):
-    mesh = parallel.build_mesh((("fsdp", -1),))
-    with pytest.raises(ValueError, match=re.escape("--config.rollout.num_slots=8")):
-        build(mesh, num_slots=9)
-
-
-@pytest.mark.parametrize("name, flag", [("response_len", "response_len"), ("decode_chunk",) * 2])
-def test_lengths_below_one_name_the_flag(one_device_mesh, name, flag):
-    with pytest.raises(ValueError, match=re.escape(f"--config.rollout.{flag}=32")):
-        build(one_device_mesh, **{name: 0})

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -246,22 +245,3 @@ def test_a_filter_that_is_off_is_not_compiled():
     lower = functools.partial(draw.lower, *args)
     assert "while" not in lower(knobs=Knobs()).as_text()
     assert "while" in lower(knobs=Knobs(top_k=3)).as_text()
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        (dict(temperature=-1.0), "temperature=-1.0 must be 0 (greedy) or more"),
-        (dict(top_p=0.0), "--config.rollout.top_p=1.0"),
-        (dict(top_k=-3), "--config.rollout.top_k=0"),
-        (dict(min_p=1.0), "--config.rollout.min_p=0.0"),
-    ],
-)
-def test_impossible_knobs_name_the_flag_and_a_value(given, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Knobs(**given)
-
-
-def test_more_candidates_than_tokens_is_refused():
-    with pytest.raises(ValueError, match=re.escape("--config.rollout.num_candidates=4")):
-        draw(jnp.zeros((1, 3)), jnp.zeros((1, 2), jnp.uint32), num_candidates=4)

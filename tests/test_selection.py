@@ -178,20 +178,6 @@ def test_the_worker_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "knobs, match",
-    [
-        (dict(num_workers=-1), "--config.segment.num_workers=1"),
-        (dict(segment_kind="words"), "--config.segment.kind=nltk"),
-        (dict(margin_kind="best"), "--config.margin.kind=top1_top2"),
-        (dict(rescale="row"), "--config.objective.rescale=sequence"),
-    ],
-)
-def test_bad_settings_name_a_flag_that_works(knobs, match):
-    with pytest.raises(ValueError, match=match):
-        selection.build(selectors.build("bic"), TOKEN_BYTES, **knobs)
-
-
 def test_finish_without_start_is_a_programmers_error():
     rollout = rollouts.make_rollout()
     stage = selection.build(selectors.build("bic"), TOKEN_BYTES)

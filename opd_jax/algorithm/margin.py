@@ -136,7 +136,7 @@ def check_margin(kind: str, temperature: float = 1.0) -> None:
         )
     if not temperature > 0:
         raise ValueError(
-            f"margin temperature {temperature} must be positive, it divides log-probs. "
+            f"margin temperature={temperature} must be positive, it divides log-probs. "
             "Set --config.margin.temperature=1.0"
         )
 

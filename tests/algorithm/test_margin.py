@@ -96,19 +96,3 @@ def test_two_equal_models_have_no_advantage_variance():
     logp = random_logp((6,), 4)
     np.testing.assert_allclose(margin.advantage_variance(logp, logp), 0.0, atol=1e-15)
     np.testing.assert_allclose(margin.advantage_variance(logp - 3.0, logp), 0.0, atol=1e-15)
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (0,), ()])
-def test_one_candidate_is_no_margin(shape):
-    with pytest.raises(ValueError, match="--config.rollout.num_candidates=4"):
-        margin.teacher_margin(np.zeros(shape))
-
-
-def test_bad_kinds_and_temperatures_name_a_flag():
-    logp = np.zeros((2, 3))
-    with pytest.raises(ValueError, match="--config.margin.kind=top1_top2"):
-        margin.margin("top2", logp)
-    with pytest.raises(ValueError, match="--config.margin.temperature=1.0"):
-        margin.margin("top1_top2", logp, temperature=0.0)
-    with pytest.raises(ValueError, match="student_logp_btk"):
-        margin.margin("advantage_variance", logp)

@@ -189,20 +189,6 @@ def test_median_and_trimmed_mean():
     assert score(aggregate="std") == pytest.approx(np.std(values))
 
 
-@pytest.mark.parametrize(
-    "knobs, flag",
-    [
-        (dict(kind="spacy"), "--config.segment.kind=nltk"),
-        (dict(punkt="english"), "--config.segment.punkt=embedded"),
-        (dict(fixed_tokens=0), "--config.segment.fixed_tokens=64"),
-        (dict(max_tokens=-1), "--config.segment.max_tokens=0"),
-    ],
-)
-def test_bad_knobs_name_a_flag_that_works(knobs, flag):
-    with pytest.raises(ValueError, match=flag):
-        segments.segment([b"a"], **knobs)
-
-
 def test_missing_punkt_tab_says_how_to_get_it(monkeypatch):
     import nltk
 

@@ -71,17 +71,6 @@ def test_wrong_fields_name_those_that_are_needed(tmp_path):
         benchmarks.load(f"aime25={file}")
 
 
-@pytest.mark.parametrize("name", ["livecodebench", "HumanEval+"])
-def test_code_benchmarks_are_refused_with_the_way_to_run_them(name):
-    with pytest.raises(ValueError, match="launch.export"):
-        benchmarks.load(name)
-
-
-def test_an_unknown_name_lists_what_is_there():
-    with pytest.raises(ValueError, match="embedded_ood, aime25, .*gpqa"):
-        benchmarks.load("aime26")
-
-
 def test_a_file_of_prompts_is_taken_as_it_stands(tmp_path):
     file = write(tmp_path / "mine.jsonl", [{"prompt": "1+1?", "answer": "2"}])
     name, examples = benchmarks.load(str(file))
