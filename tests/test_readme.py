@@ -39,3 +39,15 @@ def test_every_link_and_every_module_it_names_exist():
     for module in re.findall(r"python -m (launch(?:\.\w+)?)", README):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    section = README.split("\n## What happens when things go wrong\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for *_, cell in rows:
+        files = re.findall(r"\]\((tests/[^)]+\.py)\)", cell)
+        source = "".join((ROOT / file).read_text() for file in files)
+        assert files, cell
+        for name in re.findall(r"`(test_\w+)`", cell):
+            assert f"def {name}(" in source, name
