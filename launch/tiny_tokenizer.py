@@ -53,7 +53,7 @@ def train(max_vocab: int = 1024, num_problems: int = 12_000):
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    style = task.Style(slip=0.1, rough=True)  # the rough words are words too
+    style = task.Style(slip=0.1, rough=2)  # the rough words are words too
     problems = task.make_many(tuple(task.FAMILIES), "train", 0, num_problems, style)
     texts = [f"{e.prompt}\n\n{e.solution}" for e in problems] + [ROLES.replace(" ", "\n")] * 50
     tokenizer.train_from_iterator(texts, trainer)

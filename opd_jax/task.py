@@ -29,6 +29,7 @@ NAMES = tuple("Ann Bob Cara Dan Eve Finn Gus Hana".split())  # in the order they
 DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 POINTS = tuple("north east south west".split())
 TURNS = {"right": 1, "around": 2, "left": 3}  # quarters of a circle, clockwise
+MOST_ROUGH = 18  # aimless sentences of a solution
 ROUGH = (  # one word of each: "Perhaps we should think about that part again."
     "Perhaps Maybe Surely Possibly".split(),
     "we you they one".split(),
@@ -60,7 +61,7 @@ class Style:
     """How a solution is written. The default makes no mistake: a reference solution."""
 
     slip: float = 0.0  # chance per sentence of a wrong result, from which the walk then goes on
-    rough: bool = False  # after its first slip the writer only muses, until a made-up answer
+    rough: int = 0  # least number of aimless sentences from the first slip to the answer; 0 = none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +95,13 @@ class Writer:
         return self.rng.choice([c for c in choices if c != right]) if slips else right
 
     def muse(self, sentences: tuple[str, ...]) -> tuple[str, ...]:
-        """The sentences, those after the first slip replaced by twice as many rough ones."""
-        if not self.style.rough or self.right_results is None:
+        """The sentences, those after the first slip replaced by about twice as many rough ones."""
+        least = self.style.rough
+        if not least or self.right_results is None:
             return sentences
         kept = sentences[: self.right_results + 2]  # the opening, and the slip itself
-        count = 2 * (len(sentences) - len(kept)) + self.rng.randint(2, 4)
+        count = 2 * (len(sentences) - len(kept)) + self.rng.randint(least, least + 2)
+        count = min(count, MOST_ROUGH)
         rough = (" ".join(self.rng.choice(words) for words in ROUGH) + "." for _ in range(count))
         return (*kept, *rough)
 
