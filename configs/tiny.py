@@ -20,7 +20,6 @@ collapse_student     10.0        .22 |   .10      .28    .35       .12      .23 
 
 import ml_collections as mlc
 
-
 SLIP = {"teacher": 0.0, "student": 0.12, "collapse_student": 0.2}
 
 

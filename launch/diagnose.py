@@ -11,6 +11,7 @@ Controls: the teacher's own responses to the same prompts, correct responses onl
 sentences in random order. Writes WORKDIR/diagnosis.json and prints it beside the paper's figures.
 """
 
+import shlex
 import sys
 
 import numpy as np
@@ -37,14 +38,16 @@ def main(argv: list[str]) -> None:
     launcher.initialize(values.workdir)
     import jax
 
-    from opd_jax import records
+    from opd_jax import owner, records
 
     try:
         found = diagnose(values.config, values.workdir, values.num_batches)
     except ValueError as error:
         launcher.fail(f"ERROR: {error}")
     if jax.process_index() == 0:
-        records.write_json(values.workdir, "diagnosis.json", found)
+        command = shlex.join(["python", "-m", "launch.diagnose", *sys.argv[1:]])
+        known = {"commit": owner.commit(), "command": command}
+        records.write_json(values.workdir, "diagnosis.json", known | found)
         print(as_text(found))
 
 

@@ -2,17 +2,18 @@
 """The tables of a study: arms against full OPD and the best fixed prefix, paired by seed.
 
   python -m launch.study --workdir=runs/study
-  python -m launch.study --results=configs/study_results.json \\
-      --diagnosis=configs/diagnosis_results.json --readme=README.md
+  python -m launch.study --results=configs/results/collapse --results=configs/results/natural \\
+      --readme=README.md
 
 From a workdir of runs (configs/study.py) it also writes WORKDIR/study.json, the few numbers that
-the tables need, and WORKDIR/study.md. --results makes the same tables from such a file, --diagnosis
-shows what launch.diagnose found, and --readme puts it all between two marks <!-- study --> of
-a Markdown file.
+the tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under
+the name of its folder; a diagnosis.json there (launch.diagnose) is shown too. --readme puts it all
+between two marks <!-- study --> of a Markdown file.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -29,27 +30,47 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--workdir", default="", help="the folder of a study's runs")
-    given.add_argument("--results", default="", help="a study.json")
-    parser.add_argument("--diagnosis", default="", help="a diagnosis.json of launch.diagnose")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--workdir", help="the folder of a study's runs")
+    given.add_argument(
+        "--results", action="append", help="a folder with study.json, diagnosis.json or both"
+    )
     parser.add_argument("--readme", default="", help="Markdown file to write the tables into")
     args = parser.parse_args(argv)
-    if not (args.workdir or args.results or args.diagnosis):
-        parser.error("nothing to show: give --workdir, --results or --diagnosis")
     try:
-        stored = read_runs(args.workdir) if args.workdir else read_results(args.results)
-        text = as_markdown(stored, read_results(args.diagnosis))
+        text = of_workdir(args.workdir) if args.workdir else of_results(args.results)
     except ValueError as error:
         parser.error(str(error))
-    if args.workdir:
-        lines = ",\n".join(json.dumps(run) for run in stored["runs"])
-        (epath.Path(args.workdir) / "study.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
-        (epath.Path(args.workdir) / "study.md").write_text(text)
     if args.readme:
         path = epath.Path(args.readme)
         path.write_text(into_readme(path.read_text(), text))
     print(text)
+
+
+def of_workdir(workdir: str) -> str:
+    """The tables of a workdir's runs; their numbers are stored beside them."""
+    stored, workdir = read_runs(workdir), epath.Path(workdir)
+    text = as_markdown(stored, {})
+    lines = ",\n".join(json.dumps(run) for run in stored["runs"])
+    (workdir / "study.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    (workdir / "study.md").write_text(text)
+    return text
+
+
+def of_results(folders: Sequence[str]) -> str:
+    """The tables of stored results, under the names of their folders."""
+    parts = []
+    for folder in map(epath.Path, folders):
+        found = {name: folder / f"{name}.json" for name in ("study", "diagnosis")}
+        found = {name: json.loads(p.read_text()) for name, p in found.items() if p.exists()}
+        if not found:
+            raise ValueError(
+                f"{folder} holds no study.json and no diagnosis.json; launch.study and "
+                "launch.diagnose write them into their workdirs"
+            )
+        text = as_markdown(found.get("study", {}), found.get("diagnosis", {}))
+        parts.append(f"#### The {folder.name} pair\n\n{text}")
+    return "\n".join(parts)
 
 
 def as_markdown(stored: dict, diagnosis: dict) -> str:
@@ -84,19 +105,6 @@ def read_runs(workdir: str) -> dict:
             f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` first"
         )
     return stored
-
-
-def read_results(path: str) -> dict:
-    """A stored JSON file; {} for no path."""
-    if not path:
-        return {}
-    file = epath.Path(path)
-    if not file.exists():
-        raise ValueError(
-            f"{path} is no file; launch.study writes WORKDIR/study.json, launch.diagnose "
-            "WORKDIR/diagnosis.json"
-        )
-    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":

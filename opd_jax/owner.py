@@ -133,7 +133,7 @@ def claim(workdir: epath.Path, config: dict) -> None:
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk")
     run = dict(
         started=_now(),
-        commit=_commit(),
+        commit=commit(),
         command=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         python=sys.version.split()[0],
         versions={name: importlib.metadata.version(name) for name in packages},
@@ -148,7 +148,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The source's commit, with "+" when files differ from it; "" outside a git checkout."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=False)

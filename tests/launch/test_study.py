@@ -16,6 +16,7 @@ from launch.report import collect, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RESULTS = [ROOT / "configs" / "results" / pair for pair in ("collapse", "natural")]
 
 
 def curve(*points):
@@ -133,8 +134,8 @@ def test_the_command_writes_results_that_give_the_same_tables(runs, capsys):
     first = capsys.readouterr().out
     assert "| full OPD | 2 | " in first and "| no training |" in first
     assert (runs / "study.md").read_text() == first[:-1]
-    study_command.main([f"--results={runs / 'study.json'}"])
-    assert capsys.readouterr().out == first
+    study_command.main([f"--results={runs}"])
+    assert capsys.readouterr().out == f"#### The {runs.name} pair\n\n{first}"
 
 
 def test_the_report_of_a_study_holds_its_tables_and_names_its_arms(runs):
@@ -144,18 +145,16 @@ def test_the_report_of_a_study_holds_its_tables_and_names_its_arms(runs):
     assert ">release rule<" in text and ">kind=bic<" not in text
 
 
-@pytest.mark.skipif(study_command.MARK not in README, reason="the README shows no tables yet")
 def test_the_readmes_tables_are_made_from_the_stored_results():
-    study_file, diagnosis = (ROOT / f"configs/{n}_results.json" for n in ("study", "diagnosis"))
-    stored = json.loads(study_file.read_text()) if study_file.exists() else {}
-    text = study_command.as_markdown(stored, json.loads(diagnosis.read_text()))
+    text = study_command.of_results(RESULTS)
     assert study_command.into_readme(README, text) == README
 
 
-def test_a_diagnosis_alone_is_shown_beside_the_papers_figures(capsys):
-    study_command.main([f"--diagnosis={ROOT / 'configs/diagnosis_results.json'}"])
+def test_a_diagnosis_alone_is_shown_beside_the_papers_figures(tmp_path, capsys):
+    (tmp_path / "diagnosis.json").write_text((RESULTS[0] / "diagnosis.json").read_text())
+    study_command.main([f"--results={tmp_path}"])
     text = capsys.readouterr().out
-    assert "| the paper, Qwen3-1.7B |" in text and "| student's rollouts | 256 |" in text
+    assert "| the paper, Qwen3-1.7B |" in text and "| student's rollouts | 512 |" in text
 
 
 def test_tables_go_between_the_marks():
