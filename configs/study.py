@@ -53,7 +53,8 @@ def get_config(variant: str = "core") -> mlc.ConfigDict:
     c = quickstart.get_config()
     if variant == "collapse":
         c.student.path = "embedded:collapse_student"
-    c.evaluate.every_steps = 15  # the comparisons at equal tokens and seconds read between these
+    c.num_steps = 40
+    c.evaluate.every_steps = 10  # the comparisons at equal tokens and seconds read between these
     c.evaluate.num_ood_problems = 100
     c.evaluate.teacher = False
     c.checkpoint.update(every_steps=0, keep_last=1, keep_best=0)
