@@ -223,7 +223,8 @@ class Runner:
             return None
         log = log_path(run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"start   {run.name}  {log}", flush=True)
+        # One write: other runs' threads print beside this one.
+        print(f"start   {run.name}  {log}\n", end="", flush=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, *line[1:]],

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model directory and says how far anonymous memory grew. Run by test_true_size.py in a
-process of its own, so that nothing else moves the figure: python load_and_measure.py DIRECTORY"""
+"""Loads a model directory and says how far anonymous memory grew.
+
+Run by test_true_size.py in a process of its own, so that nothing else moves the figure:
+
+python -m tests.model.load_and_measure DIRECTORY
+"""
 
 import json
 import pathlib

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,7 +15,6 @@ from opd_jax.model import hf, qwen3
 from opd_jax.model.published import CONFIGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
-MEASURE = pathlib.Path(__file__).with_name("load_and_measure.py")
 
 
 def write_by_torch(config, directory, dtype):
@@ -49,7 +47,7 @@ def test_smallest_published_model(tmp_path, capsys):
     config = CONFIGS["Qwen/Qwen3-0.6B"]
     model = write_by_torch(config, tmp_path, "bfloat16")
     done = subprocess.run(
-        [sys.executable, MEASURE, tmp_path],
+        [sys.executable, "-m", "tests.model.load_and_measure", tmp_path],
         env=os.environ | dict(JAX_PLATFORMS="cpu"),
         capture_output=True,
         text=True,
