@@ -74,7 +74,13 @@ class Study:
     def __init__(self, stored: dict, order: Sequence[str] = ()):
         self.runs: dict[str, dict[int, list[dict]]] = {}
         for run in stored["runs"]:
-            self.runs.setdefault(run["arm"], {})[run["seed"]] = run["curve"]
+            seeds = self.runs.setdefault(run["arm"], {})
+            if run["seed"] in seeds:
+                raise ValueError(
+                    f"two runs are of the arm {run['arm']!r} and seed {run['seed']}: these are two "
+                    "studies, or one and something else. Set --workdir to the folder of one"
+                )
+            seeds[run["seed"]] = run["curve"]
         known = [arm for arm in order if arm in self.runs]
         self.runs = {a: self.runs[a] for a in [*known, *(x for x in self.runs if x not in known)]}
         self.commits = sorted({run["commit"] for run in stored["runs"]})
@@ -130,8 +136,9 @@ def read(at_point: dict, metric: str) -> float | None:
 
 
 def at(curve: Sequence[dict], axis: str, budget: float, metric: str) -> float:
-    """A metric where `axis` reaches `budget`, between evaluations by straight lines."""
-    return float(np.interp(budget, [p[axis] for p in curve], [read(p, metric) for p in curve]))
+    """A metric where `axis` reaches `budget`, between evaluations by straight lines; nan = none."""
+    known = [(p[axis], read(p, metric)) for p in curve if read(p, metric) is not None]
+    return float(np.interp(budget, *zip(*known, strict=True))) if known else float("nan")
 
 
 # ---------------------------------------------------------------- tables

@@ -73,6 +73,19 @@ def test_tables_show_the_start_both_baselines_and_every_family():
     assert head3 == ["arm", "sum"] and rows3[1][1].startswith("62.0")
 
 
+def test_runs_without_an_out_of_domain_set_have_tables_too():
+    curves = [curve((0, 0, 0, 0.2, None), (10, 1000, 20, 0.4, None))] * 2
+    text = tables.markdown(tables.Study(stored(full_OPD=curves, release_rule=curves)))
+    assert "| release rule | 2 | 40.0 [40.0, 40.0] | – |" in text
+
+
+def test_two_runs_of_one_arm_and_seed_are_not_mixed():
+    results = stored(full_OPD=FULL)
+    results["runs"].append(results["runs"][0])
+    with pytest.raises(ValueError, match="'full OPD' and seed 0.*--workdir"):
+        tables.Study(results)
+
+
 def test_unequal_starts_are_said():
     results = stored(full_OPD=FULL, release_rule=RULE)
     assert "were the same in all arms" in tables.markdown(tables.Study(results))
