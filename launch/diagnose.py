@@ -5,8 +5,9 @@
   python -m launch.diagnose --config=configs/paper.py:1.7b --workdir=gs://BUCKET/diagnosis \
       --num_batches=1
 
-Nothing is trained. The config's student (its newest checkpoint, where the workdir holds one)
-answers training prompts, the teacher scores them, and the margins are searched for a drop.
+Nothing is trained. The config's student answers training prompts, the teacher scores them, and the
+margins are searched for a drop. A run's student: --config.student.path=WORKDIR/student, which
+launch.export also makes from a checkpoint.
 Controls: the teacher's own responses to the same prompts, correct responses only, and the same
 sentences in random order. Writes WORKDIR/diagnosis.json and prints it beside the paper's figures.
 """
@@ -19,7 +20,7 @@ from absl import flags
 
 from launch import config_flags, launcher
 
-PAPER = ("the paper, Qwen3-1.7B", "", "", "79 %", "24.0", "13 %", "", "", "")
+PAPER = ("the paper, Qwen3-1.7B", "", "", "", "79 %", "24.0", "13 %", "", "", "")
 STRONG = 6.0  # nats of BIC gain the paper calls significant
 SIDES = (1, 3)  # least segments on either side of a change: the paper's letter, and our advice
 
@@ -38,11 +39,13 @@ def main(argv: list[str]) -> None:
     launcher.initialize(values.workdir)
     import jax
 
-    from opd_jax import owner, records
+    from opd_jax import owner, preemption, records
 
     try:
         found = diagnose(values.config, values.workdir, values.num_batches)
-    except ValueError as error:
+    except preemption.Preempted:
+        sys.exit("stopped; nothing of a diagnosis is kept, run it again")
+    except (ValueError, OSError) as error:
         launcher.fail(f"ERROR: {error}")
     if jax.process_index() == 0:
         command = shlex.join(["python", "-m", "launch.diagnose", *sys.argv[1:]])
@@ -53,14 +56,22 @@ def main(argv: list[str]) -> None:
 
 def diagnose(config, workdir: str, num_batches: int) -> dict:
     """{"groups": name -> figures, "profiles": name -> signal -> mean by relative position}."""
-    from opd_jax import build
+    from etils import epath
 
+    from opd_jax import build, owner
+
+    if (epath.Path(workdir) / "metrics.jsonl").exists():
+        raise ValueError(
+            f"--workdir={workdir} holds a run, and a diagnosis would change its files: set "
+            f"--workdir to a directory of its own, and --config.student.path={workdir}/student for "
+            "what that run has trained (launch.export makes it from a checkpoint)"
+        )
     config = config.copy_and_resolve_references()
     config.evaluate.teacher = True  # its sampler answers the control's prompts
     config.log.signals_every_steps = 1  # spans and every signal are wanted
-    with build.build(config, workdir) as job:
+    with owner.hold(workdir), build.build(config, workdir) as job:
         cursor = job.prompts.state()
-        student = measure(job, job.sampler, job.start.state.params, num_batches)
+        student = measure(job, job.evaluator.sampler, job.start.state.params, num_batches)
         job.prompts.restore(cursor)
         teacher = measure(job, job.teacher_evaluator.sampler, job.teacher_params, num_batches)
     tables, profiles = zip(student, teacher, strict=True)
@@ -81,7 +92,7 @@ def measure(job, sampler, params, num_batches: int) -> tuple[dict, dict]:
     for batch in tqdm.trange(num_batches, disable=jax.process_index() != 0):
         prompts = next(job.prompts)
         key = jax.random.fold_in(job.key, batch)
-        rolled = sampler.run(params, prompts, key)[0]
+        rolled = sampler.run(params, prompts, key, between=job.guard.check)[0]
         job.selection.start(rolled)
         scores = job.score(job.teacher_params, rolled, job.reference_params)
         chosen = job.selection.finish(rolled, scores, 0)
@@ -158,6 +169,7 @@ def figures(table: dict, where=slice(None), kind: str = "") -> dict:
     """What is said of a group of rollouts; None where it is empty."""
     out = {"rollouts": len(table["correct"][where])}
     out["accuracy"] = _mean(table["correct"][where])
+    out["truncated"] = _mean(table["truncated"][where])
     out["tokens"] = _mean(table["length"][where])
     out["segments"] = _mean(table["num_segments"][where])
     for side in SIDES:
@@ -199,11 +211,19 @@ def merge(student: dict, teacher: dict) -> dict[str, dict[str, list]]:
 
 def table(found: dict) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the diagnosis beside the paper's figures."""
-    head = ["rollouts of", "number", "accuracy", "gain > 6", "mean gain", "median release"]
+    head = [
+        "rollouts of",
+        "number",
+        "accuracy",
+        "cut off",
+        "gain > 6",
+        "mean gain",
+        "median release",
+    ]
     head += ["gain > 6, min_side 3", "mean gain, min_side 3", "median release, min_side 3"]
     rows = [list(PAPER)]
     for name, f in found["groups"].items():
-        cells = [name, str(f["rollouts"]), _percent(f["accuracy"])]
+        cells = [name, str(f["rollouts"]), _percent(f["accuracy"]), _percent(f["truncated"])]
         for side in SIDES:
             gain = f[f"gain_mean_min_side_{side}"]
             cells += [

@@ -59,6 +59,12 @@ def test_profiles_divide_sums_once_and_leave_empty_bins_out():
     assert diagnose.merge(both, both)["student"] == {"margin": [2.0, None]}
 
 
+def test_a_runs_own_workdir_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds a run.*--config.student.path=.*launch.export"):
+        diagnose.diagnose(config_flags.load("configs/quickstart.py"), str(tmp_path), 1)
+
+
 @pytest.mark.slow
 def test_the_diagnosis_of_a_random_pair(tmp_path):
     model = tiny_model.save(tmp_path)
