@@ -39,10 +39,10 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weigh
 MESH = flags.DEFINE_list("mesh", ["fsdp:-1"], "AXIS:SIZE of data, fsdp, tensor, expert; -1 = rest")
 
 
-def settings() -> dict:
+def settings(step: int | None) -> dict:
     """What the samples of an output directory depend on: a second run must agree."""
     flag_values = (RESPONSE_LEN, TEMPERATURE, TOP_K, TOP_P, MIN_P, THINKING, SEED, DTYPE)
-    return {"model": MODEL.value, "step": STEP.value} | {f.name: f.value for f in flag_values}
+    return {"model": MODEL.value, "step": step} | {f.name: f.value for f in flag_values}
 
 
 def main(argv: list[str]) -> None:
@@ -67,24 +67,25 @@ def run(output) -> dict[str, dict]:
     from opd_jax import verify
 
     chief = jax.process_index() == 0
-    check_settings(output, chief)
+    directory, step = find_model(MODEL.value)
+    check_settings(output, settings(step), chief)
     problems = dict(benchmarks.load(name, NUM_PROBLEMS.value) for name in BENCHMARKS.value)
     results = {}
     with verify.Verifier(num_workers=2) as verifier:
-        evaluator, params, step = build(verifier)
+        evaluator, params = build(verifier, directory, step)
         for name, examples in problems.items():
             samples = sample(evaluator, params, name, examples, output / f"{name}.jsonl", chief)
             results[name] = summarise(samples)
     if chief:
-        about = settings() | {"step": step, "results": results}
+        about = settings(step) | {"results": results}
         (output / "results.json").write_text(json.dumps(about, indent=1) + "\n")
         print(format_table(results))
     return results
 
 
-def check_settings(output, chief: bool) -> None:
+def check_settings(output, now: dict, chief: bool) -> None:
     """Refuses to mix samples of different settings in one directory."""
-    path, now = output / "settings.json", settings()
+    path = output / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
         changed = [k for k in now if before.get(k) != now[k]]
@@ -99,15 +100,14 @@ def check_settings(output, chief: bool) -> None:
         path.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def build(verifier):
-    """(evaluator, parameters, step or None) of --model on --mesh."""
+def build(verifier, directory, step: int | None):
+    """(evaluator, parameters) of --model, a directory or a run's checkpoint `step`, on --mesh."""
     import jax.numpy as jnp
 
     from opd_jax import evaluate, parallel, rollout, text
     from opd_jax.model import hf, qwen3
 
     mesh = parallel.build_mesh([(axis, int(size)) for axis, size in parse_mesh(MESH.value)])
-    directory, step = find_model(MODEL.value)
     tokenizer = text.load_tokenizer(directory)
     config = qwen3.Qwen3Config.from_hf(directory)
     parallel.check_model(config, mesh, "model")
@@ -115,11 +115,12 @@ def build(verifier):
     if step is None:
         _, params = hf.load(directory, jnp.dtype(DTYPE.value), shardings)
     else:
-        params, step = read_checkpoint(MODEL.value, shardings)
+        params = read_checkpoint(MODEL.value, step, shardings)
     sampler = rollout.build(
         config,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
         mesh=mesh,
         response_len=RESPONSE_LEN.value,
         num_slots=BATCH_SIZE.value,
@@ -141,7 +142,7 @@ def build(verifier):
         batch_size=BATCH_SIZE.value,
         thinking=THINKING.value,
     )
-    return evaluator, params, step
+    return evaluator, params
 
 
 def parse_mesh(pairs: Sequence[str]) -> list[tuple[str, str]]:
@@ -161,21 +162,27 @@ def find_model(name: str):
     config = json.loads(stored.read_text()) if stored.exists() else {}
     if "student" not in config:
         return hf.resolve(name), None
-    return hf.resolve(config["student"]["path"]), STEP.value
+    steps = _checkpoints(name).steps()  # --step=-1: the newest one there is now
+    step = steps[-1] if STEP.value < 0 and steps else STEP.value
+    return hf.resolve(config["student"]["path"]), step
 
 
-def read_checkpoint(workdir: str, shardings):
-    """(parameters on the mesh, their step) of --step of a run."""
-    import jax
-    import jax.numpy as jnp
+def _checkpoints(workdir: str):
     from etils import epath
 
     from opd_jax import checkpoint
 
-    checkpoints = checkpoint.Checkpoints(str(epath.Path(workdir) / "checkpoints"), read_only=True)
-    step, params = checkpoints.read_params(None if STEP.value < 0 else STEP.value)
+    return checkpoint.Checkpoints(str(epath.Path(workdir) / "checkpoints"), read_only=True)
+
+
+def read_checkpoint(workdir: str, step: int, shardings):
+    """Parameters of a run after `step` updates, on the mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    _, params = _checkpoints(workdir).read_params(None if step < 0 else step)
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(DTYPE.value)), params)
-    return jax.device_put(params, shardings), step
+    return jax.device_put(params, shardings)
 
 
 def sample(evaluator, params, name: str, examples, path, chief: bool) -> list[dict]:
