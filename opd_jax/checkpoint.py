@@ -88,12 +88,13 @@ class Checkpoints:
             keep.append(
                 policies.BestN(
                     n=keep_best,
-                    get_metric_fn=lambda metrics: metrics["metric"],
+                    get_metric_fn=_metric,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=_metric if keep_best else None,  # else Orbax forgets metrics at a restart
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
@@ -229,6 +230,10 @@ class Checkpoints:
             f"directory writable: then the same command goes on from step {last}; or "
             "set --workdir to another directory."
         )
+
+
+def _metric(metrics: dict) -> float:
+    return metrics["metric"]
 
 
 def say_write_errors_once() -> None:

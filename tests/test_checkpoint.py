@@ -183,6 +183,18 @@ def test_the_policy_keeps_last_periodic_and_best(tmp_path):
     assert saved.steps() == [2, 4, 6, 7]  # best 2, periodic 4, last 6 and 7
 
 
+def test_the_best_stays_the_best_after_a_restart(tmp_path):
+    """Its metric is on disk: a new process knows it too."""
+    for steps in ((1, 2), (3, 4)):
+        saved = checkpoint.Checkpoints(tmp_path / "c", keep_last=1, keep_best=1)
+        for step in steps:
+            metric = {1: 0.9}.get(step, 0.1 * step)
+            saved.save(step, make_state(step), cursor={}, config={}, metric=metric)
+        saved.close()
+    assert saved.steps() == [1, 4]
+    assert restore(tmp_path / "c").step == 4
+
+
 def test_export_reads_parameters_alone(two_saved):
     step, params = checkpoint.Checkpoints(two_saved).read_params()
     assert step == 4
