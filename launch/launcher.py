@@ -43,8 +43,14 @@ _SLURM = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"
 flags.disclaim_key_flags()  # they belong to the launcher that calls define(), so --help shows them
 
 
+FLAGS = (
+    *("launcher", "devices_per_process", "compile_cache"),
+    *("coordinator", "num_processes", "process_id"),
+)
+
+
 def define() -> None:
-    """Defines the flags that `initialize` reads."""
+    """Defines `FLAGS`, which `initialize` reads."""
     flags.DEFINE_string(
         "launcher", "", "local:N starts N processes on this machine, as --launcher=local:2"
     )

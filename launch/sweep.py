@@ -326,11 +326,9 @@ def main(argv: list[str]) -> None:
 
 
 def _launcher_flags() -> list[str]:
-    """Flags of the launcher, which belong to the runs."""
-    if not flags.FLAGS.launcher:
-        return []
-    names = ("launcher", "devices_per_process")
-    return [f"--{name}={flags.FLAGS[name].value}" for name in names]
+    """Flags of the launcher that were given: they belong to the runs."""
+    given = [name for name in launcher.FLAGS if flags.FLAGS[name].present]
+    return [f"--{name}={flags.FLAGS[name].value}" for name in given]
 
 
 def _on_several_hosts(environment: Mapping[str, str]) -> bool:
