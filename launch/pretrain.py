@@ -31,7 +31,7 @@ CONFIG = config_flags.define()
 OUT = flags.DEFINE_string("out", None, "directory to write the model to", required=True)
 
 EVAL_BATCH = 128  # responses sampled at once
-PROMPT_LEN, RESPONSE_LEN = 96, 160  # tokens; every prompt and solution of the task fits
+PROMPT_LEN, RESPONSE_LEN = 96, 160  # tokens; every prompt and reference solution fits
 
 
 def encode(tokenizer: text.Tokenizer, example: task.Example) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections as mlc
 import optax
+from absl import logging
 from etils import epath
 
 from opd_jax import (
@@ -56,7 +57,8 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     thinking = config.data.thinking
     sample = config.rollout.to_dict()
     named = [model for model in models.values() if model.path]
-    _check_contract(named, tokenizer, thinking, sample, config.contract_allow)
+    for line in _check_contract(named, tokenizer, thinking, sample, config.contract_allow):
+        logging.warning("allowed by config.contract_allow: %s", line)
 
     batch_size, prompt_len = config.data.batch_size, config.data.prompt_len
     parallel.check_rows(batch_size, "data.batch_size", mesh)
@@ -72,8 +74,9 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         thinking=thinking,
     )
     loss, loss_knobs = objective(config.objective)
+    chosen = selector(config.selector)
     select = selection.build(
-        selector(config.selector),
+        chosen,
         tokenizer.token_bytes,
         **_prefixed(config.margin, kind="margin_kind", temperature="margin_temperature"),
         **_prefixed(config.segment, kind="segment_kind"),
@@ -91,6 +94,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         {role: model.config for role, model in models.items()},
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
         batch_size=batch_size,
         prompt_len=prompt_len,
         sample=sample,
@@ -100,6 +104,8 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         param_dtype=student.param_dtype,
     )
 
+    if device.sampled_by == "teacher":
+        selectors.check_positional(chosen)
     verifier = verify.Verifier()
     eval_knobs = config.evaluate.to_dict()
     eval_sets = _problems(*(eval_knobs[k] for k in ("source", "num_problems", "num_ood_problems")))
@@ -126,6 +132,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     owner.claim(workdir, resolved)
     checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), **keep)
     start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
+    _check_num_steps(num_steps, start.step, workdir)
     keep_through = start.step - (start.row is not None)
     teacher_params = teacher.load(mesh)
     reads_states = "teacher_hidden_btd" in loss.needs
@@ -190,6 +197,7 @@ def on_device(
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    vocab_size: int,
     batch_size: int,
     prompt_len: int,
     sample: dict,
@@ -202,6 +210,7 @@ def on_device(
 
     Args:
       config: read here: model, pack and optim.
+      vocab_size: real tokens; the models' heads may have more rows.
       models: "student", "teacher", "reference" -> shape; None = no such model.
       sample: config.rollout.
       needs: fields of the teacher's scores that somebody reads.
@@ -210,11 +219,18 @@ def on_device(
     backend = _backend(config.model, mesh)
     inference = dataclasses.replace(backend, remat="none")
     student = models["student"]
-    objectives.check_sizes(objective, sample["num_candidates"], student.vocab_size)
+    objectives.check_sizes(objective, sample["num_candidates"], vocab_size)
     sample = dict(sample)
-    sampled_by = _sampled_by(sample.pop("by"), objective.kind)
+    sampled_by = sample.pop("by")
+    objectives.check_models(objective, sampled_by, has_reference=models["reference"] is not None)
     sampler = rollout.build(
-        models[sampled_by], eos_ids=eos_ids, pad_id=pad_id, mesh=mesh, backend=inference, **sample
+        models[sampled_by],
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        vocab_size=vocab_size,
+        mesh=mesh,
+        backend=inference,
+        **sample,
     )
     shape = _micro_batch(config.pack, prompt_len, sample["response_len"], batch_size, mesh)
     scorer = score.build(
@@ -224,7 +240,7 @@ def on_device(
         mesh=mesh,
         needs=needs,
         num_top=objective.top_k,
-        vocab_size=student.vocab_size,
+        vocab_size=vocab_size,
         **shape,
     )
     optimizer, learning_rate, max_skipped = _optimizer(config.optim, num_steps)
@@ -234,6 +250,7 @@ def on_device(
         optimizer=optimizer,
         backend=backend,
         mesh=mesh,
+        vocab_size=vocab_size,
         param_dtype=param_dtype,
         **shape,
     )
@@ -301,23 +318,6 @@ def objective(section) -> tuple[objectives.Objective, dict]:
     knobs = section.to_dict()
     loss = {name: knobs.pop(name) for name in ("aggregate", "rescale", "max_rescale")}
     return objectives.build(**knobs), loss
-
-
-def _sampled_by(role: str, kind: str) -> str:
-    """The model that answers the training prompts, refused where the objective makes no sense."""
-    wrong = {"sampled_pg": "teacher", "cross_entropy": "student"}
-    if role not in ("student", "teacher"):
-        raise ValueError(
-            f"config.rollout.by={role!r} must be student (on-policy) or teacher (supervised "
-            "training on the teacher's samples). Set --config.rollout.by=student"
-        )
-    if role == wrong.get(kind):
-        other = "student" if role == "teacher" else "teacher"
-        raise ValueError(
-            f"objective {kind!r} is of the {other}'s samples, but config.rollout.by={role!r}. "
-            f"Set --config.rollout.by={other}"
-        )
-    return role
 
 
 def _prefixed(section, **renamed) -> dict:
@@ -409,6 +409,14 @@ def state_shapes(updater, model_config, param_dtype):
         jax.eval_shape(updater.init, params),
         updater.shardings,
     )
+
+
+def _check_num_steps(num_steps: int, done: int, workdir) -> None:
+    if num_steps < done:
+        raise ValueError(
+            f"config.num_steps={num_steps}, but the run in {workdir} has done {done} updates and "
+            f"cannot undo them. Set --config.num_steps={done} (it ends there) or more"
+        )
 
 
 def _start(checkpoints, updater, prompts, student, resolved, mesh) -> job.Start:

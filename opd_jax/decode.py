@@ -24,6 +24,7 @@ class Spec:
 
     config: qwen3.Qwen3Config
     knobs: sampling.Knobs
+    vocab_size: int  # real tokens; further rows of the head are padding and never drawn
     num_candidates: int
     eos_ids: tuple[int, ...]
     chunk: int  # J
@@ -229,7 +230,7 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
         bits_s2,
         spec.knobs,
         num_candidates=spec.num_candidates,
-        vocab_size=spec.config.vocab_size,
+        vocab_size=spec.vocab_size,
     )
     active_s = slots.active_s
     emit_s = active_s & out.finite_b

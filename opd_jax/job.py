@@ -168,7 +168,8 @@ class Job:
         row |= {name: metrics.divide(*pair) for name, pair in sums.items()}
         row["optimizer/learning_rate"] = float(self.learning_rate(step))
         row["rollout/occupancy"] = metrics.divide(stats.busy_steps, stats.slot_steps)
-        row["rollout/num_nonfinite"] = float(stats.num_nonfinite)
+        nonfinite = np.array([stats.num_nonfinite], np.float64)
+        row["rollout/num_nonfinite"] = float(parallel.sum_over_feeds(self.mesh, nonfinite)[0])
         row |= metrics.speeds(row, seconds)
         row["memory/peak_gib"] = metrics.peak_memory_gib()
         self._record(step + 1, prompts, rolled, scores, chosen, table)

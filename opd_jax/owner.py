@@ -28,7 +28,10 @@ LOCK_SECONDS = 10.0  # how long a new run waits for a killed one to be gone
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 # What a run may change when it goes on: it touches nothing that has been computed.
-MAY_CHANGE = ("num_steps", "log.", "checkpoint.", "evaluate.every_steps", "segment.num_workers")
+MAY_CHANGE = (
+    *("num_steps", "log.", "checkpoint.", "segment.num_workers"),
+    *("evaluate.every_steps", "evaluate.teacher"),
+)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,12 @@ def _holder(file: io.TextIOBase) -> str:
 
 
 def check_same_run(config: dict, workdir: epath.Path) -> None:
-    """Raises if the workdir holds a run that is not to go on with `config`."""
+    """Raises if the workdir holds a run that is not to go on with `config`.
+
+    A run that ended before its first row of metrics has computed nothing.
+    """
+    if not (workdir / "metrics.jsonl").exists():
+        return
     if there := records.read_json(workdir, "config.json"):
         compare(config, there, workdir)
 
@@ -105,7 +113,7 @@ def compare(config: dict, there: dict, workdir: epath.Path) -> None:
     differ = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key) and not _may_change(key, old)
     ]
     if differ:
         raise ValueError(
@@ -113,6 +121,16 @@ def compare(config: dict, there: dict, workdir: epath.Path) -> None:
             f"Different are {'; '.join(differ)}. Set --workdir to a new directory, or give these "
             "keys the values that are there."
         )
+
+
+def _may_change(key: str, config: dict) -> bool:
+    """True = a run of this flat config goes on as it was with another value of `key`."""
+    growing = config.get("selector.kind") == "growing_prefix" and not config.get(
+        "selector.grow_steps"
+    )
+    if key == "num_steps" and (config.get("optim.decay") == "cosine" or growing):
+        return False  # what has been computed followed a schedule of that length
+    return key.startswith(MAY_CHANGE)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

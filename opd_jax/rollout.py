@@ -133,6 +133,7 @@ def build(
     pad_id: int,
     response_len: int,
     mesh: Mesh,
+    vocab_size: int | None = None,
     num_candidates: int = 4,
     num_slots: int = 0,
     decode_chunk: int = 32,
@@ -149,6 +150,8 @@ def build(
     Args:
       response_len: T, tokens at most, EOS included.
       mesh: of `parallel.build_mesh`; slots are divided over its batch axes.
+      vocab_size: real tokens, the tokenizer's; further rows of the head are never drawn. None = all
+        rows are real.
       num_candidates: K.
       num_slots: rows decoded at once, over all hosts; 0 = as many as the call has rows.
       decode_chunk: decode steps between two looks of the host.
@@ -168,6 +171,7 @@ def build(
         backend = qwen3.Backend(shard=parallel.shard_activations(mesh))
     spec = decode.Spec(
         config=config,
+        vocab_size=vocab_size or config.vocab_size,
         knobs=sampling.Knobs(temperature, top_k, top_p, min_p),
         num_candidates=num_candidates,
         eos_ids=tuple(eos_ids),

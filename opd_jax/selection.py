@@ -229,7 +229,7 @@ def build(
       feed_index: this host's place among those that hold different rows (parallel.feed).
 
     Raises:
-      ValueError: a knob out of range. LookupError: punkt_tab is not installed.
+      ValueError: a knob out of range, or punkt_tab is not installed.
     """
     segments.check_segment(segment_kind, punkt, fixed_tokens, max_tokens)
     if segment_kind.startswith("nltk"):

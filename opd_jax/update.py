@@ -117,6 +117,7 @@ def build(
     micro_batch_rows: int,
     micro_batch_tokens: int,
     chunk: int,
+    vocab_size: int | None = None,
     param_dtype: Any = jnp.float32,
 ) -> Update:
     """The update stage.
@@ -127,6 +128,7 @@ def build(
       micro_batch_rows, micro_batch_tokens: lines of a micro-batch over all hosts, tokens of a line;
         `packing.default_shape` has values that waste little.
       chunk: tokens whose logits exist at once, per device.
+      vocab_size: real tokens; further rows of the heads get no probability. None = all are real.
       param_dtype: dtype of the trained parameters.
     """
     parallel.check_rows(micro_batch_rows, "pack.micro_batch_rows", mesh)
@@ -135,7 +137,8 @@ def build(
     shardings = state_shardings(model_config, optimizer, mesh)
     parallel.check_coverage(shapes, shardings.params, mesh)
     whole = parallel.replicated(mesh)
-    accumulate = _build_accumulate(model_config, objective, backend, mesh, chunk)
+    head = _build_head(objective, mesh, chunk, vocab_size or model_config.vocab_size)
+    accumulate = _build_accumulate(model_config, head, backend)
 
     def init(params):
         # Moments are float32, whatever the parameters are.
@@ -216,7 +219,7 @@ def make_batch(
     )
 
 
-def _build_head(model_config, objective, mesh, chunk):
+def _build_head(objective, mesh, chunk, vocab_size):
     """Loss sums and gradients of hidden states and head, rows divided over the batch axes."""
     rows, whole = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
 
@@ -233,7 +236,7 @@ def _build_head(model_config, objective, mesh, chunk):
             count_m,
             teacher_head_vd,
             chunk=chunk,
-            vocab_size=model_config.vocab_size,
+            vocab_size=vocab_size,
         )
         (d_hidden_mld,) = pull(d_hidden_mnd)
         axes = parallel.BATCH_AXES
@@ -255,9 +258,7 @@ def _build_head(model_config, objective, mesh, chunk):
     )
 
 
-def _build_accumulate(model_config, objective, backend, mesh, chunk):
-    head = _build_head(model_config, objective, mesh, chunk)
-
+def _build_accumulate(model_config, head, backend):
     def accumulate(params, grads, batch, teacher_head_vd=None):
         def forward(params):
             hidden_mld = qwen3.trunk(

@@ -326,6 +326,37 @@ ROWS = [
         "Set --workdir to a new directory",
         lambda: owner.compare(dict(seed=7, rate=0.5), dict(seed=0, rate=0.1), "runs/a"),
     ),
+    Row(
+        "num_steps: 10 there, 20 now",  # a rate that has followed a cosine of ten
+        "give these keys the values that are there",
+        lambda: owner.compare(
+            {"num_steps": 20, "optim": {"decay": "cosine"}},
+            {"num_steps": 10, "optim": {"decay": "cosine"}},
+            "runs/a",
+        ),
+    ),
+    Row(
+        "config.num_steps=4,",
+        "--config.num_steps=6",
+        lambda: build._check_num_steps(4, 6, "runs/a"),
+    ),
+    *knobs(
+        lambda kind, by: objectives.check_models(objectives.build(kind), by, True),
+        "rollout",
+        (dict(kind="sampled_pg", by="teacher"), "by=student"),
+        (dict(kind="cross_entropy", by="student"), "by=teacher"),
+        (dict(kind="forward_kl", by="nobody"), "by=student"),
+    ),
+    Row(
+        "config.selector.kind='tip'",
+        "--config.selector.kind=full",
+        lambda: selectors.check_positional(selectors.build("tip")),
+    ),
+    Row(
+        "config.objective.extrapolation=1.25",
+        "--config.reference.path=embedded:student",
+        lambda: objectives.check_models(objectives.build(extrapolation=1.25), "student", False),
+    ),
 ]
 
 

@@ -60,6 +60,14 @@ def assert_same_rollout(a, b, atol=1e-5):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=atol)
 
 
+def test_padding_of_the_head_is_never_drawn_nor_a_candidate(one_device_mesh, params, prompts):
+    """Published heads have more rows than the tokenizer has tokens."""
+    out = build(one_device_mesh, vocab_size=40)(params, prompts, jax.random.key(1))
+    assert out.tokens_bt.max() < 40 and out.candidates_btk.max() < 40
+    likeliest = np.exp(out.candidate_logp_btk[out.valid_bt]).sum(axis=-1)
+    assert (likeliest <= 1 + 1e-5).all() and likeliest.max() > 0.2
+
+
 def full_pass_logp(params, out, temperature=1.0):
     """float32[B, T, V] of one uncached pass over prompt and response."""
     tokens = np.concatenate([out.prompt_bp, out.tokens_bt], axis=1)

@@ -297,10 +297,3 @@ def test_supervised_training_learns_the_teachers_samples(pair, tmp_path):
     )
     assert losses[1] < losses[0] - 0.1
     assert "sampler_gap/mean" not in sums  # sampler and trainer are two models here
-
-
-@pytest.mark.parametrize("by, kind", [("teacher", "sampled_pg"), ("student", "cross_entropy")])
-def test_an_objective_of_the_others_samples_is_refused(pair, tmp_path, by, kind):
-    config = fakes.small_config(pair, **{"rollout.by": by, "objective.kind": kind})
-    with pytest.raises(ValueError, match=f"{kind}.*rollout.by={by!r}.*--config.rollout.by="):
-        build.build(config, str(tmp_path))

@@ -52,6 +52,7 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
         models,
         eos_ids=EOS_IDS,
         pad_id=EOS_IDS[-1],
+        vocab_size=models["student"].vocab_size,
         batch_size=config.data.batch_size,
         prompt_len=config.data.prompt_len,
         sample=config.rollout.to_dict(),

@@ -37,7 +37,7 @@ def load_punkt(punkt: str = "embedded"):
         installed.
 
     Raises:
-      ValueError: unknown name. LookupError: `punkt_tab` is not installed; says how to get it.
+      ValueError: unknown name, or `punkt_tab` is not installed; says how to get it.
     """
     if punkt not in PUNKT:
         raise ValueError(
@@ -53,7 +53,7 @@ def load_punkt(punkt: str = "embedded"):
     try:
         return nltk_punkt.PunktTokenizer("english")
     except LookupError as error:
-        raise LookupError(
+        raise ValueError(
             "punkt 'punkt_tab' needs NLTK's trained model, which is not on this machine: "
             "run `python -m nltk.downloader punkt_tab`, or set --config.segment.punkt=embedded"
         ) from error

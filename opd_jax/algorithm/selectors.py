@@ -24,6 +24,7 @@ from opd_jax.algorithm.selector import (
 __all__ = [
     "AGGREGATES",
     "NEEDS",
+    "POSITIONAL",
     "RESCALES",
     "SELECTORS",
     "Selection",
@@ -31,6 +32,7 @@ __all__ = [
     "Signals",
     "build",
     "check_loss_weights",
+    "check_positional",
     "knobs",
     "loss_weights",
     "own_rows",
@@ -39,12 +41,28 @@ __all__ = [
 AGGREGATES = ("row_mean", "token_mean")
 RESCALES = ("sequence", "batch", "none")
 SELECTORS = release.SELECTORS | siblings.SELECTORS
+# Those that look at positions alone, at nothing that a model says.
+POSITIONAL = ("full", "fixed_prefix", "fixed_fraction", "suffix_only", "growing_prefix")
 
 
 def knobs(kind: str) -> tuple[str, ...]:
     """Names of the knobs that the selector `kind` has: what `build` takes beside the kind."""
     check_in(kind, "kind", tuple(SELECTORS))
     return tuple(field.name for field in dataclasses.fields(SELECTORS[kind]))
+
+
+def check_positional(selector: Selector) -> None:
+    """Raises ValueError unless `selector` can choose among tokens that the teacher sampled.
+
+    Of such a token only what the teacher says is known: candidates, entropy and log-probs.
+    """
+    kind = next(kind for kind, cls in SELECTORS.items() if type(selector) is cls)
+    if kind not in POSITIONAL:
+        raise ValueError(
+            f"config.selector.kind={kind!r} looks at what the student says of its own samples, but "
+            "config.rollout.by='teacher'. Set "
+            f"--config.selector.kind=full (or {', '.join(POSITIONAL[1:])})"
+        )
 
 
 def build(kind: str, **values) -> Selector:

@@ -107,6 +107,27 @@ def build(kind: str = "sampled_pg", **knobs) -> Objective:
     return o
 
 
+def check_models(objective: Objective, sampled_by: str, has_reference: bool) -> None:
+    """Raises ValueError unless the loss is of samples of `sampled_by` ("student" or "teacher").
+
+    And unless a reference model is there where the loss reads one.
+    """
+    meant = "teacher" if objective.kind == "cross_entropy" else "student"
+    if sampled_by != meant:
+        raise ValueError(
+            f"config.rollout.by={sampled_by!r}, but objective {objective.kind!r} is of the "
+            f"{meant}'s samples. Set --config.rollout.by={meant}, or another "
+            "--config.objective.kind"
+        )
+    if "reference_logp_bt" in objective.needs and not has_reference:
+        raise ValueError(
+            f"config.objective.extrapolation={objective.extrapolation:g} measures from a reference "
+            "model, and config.reference.path is empty. Set --config.reference.path to a model "
+            "directory (as --config.reference.path=embedded:student), or "
+            "--config.objective.extrapolation=1.0"
+        )
+
+
 def check_sizes(objective: Objective, num_candidates: int, vocab_size: int) -> None:
     """Raises ValueError unless the supports fit the vocabulary; call it before tracing."""
     if not 2 <= num_candidates <= vocab_size:

@@ -195,6 +195,6 @@ def test_missing_punkt_tab_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
     segments.load_punkt.cache_clear()
     with pytest.raises(
-        LookupError, match="nltk.downloader punkt_tab.*--config.segment.punkt=embedded"
+        ValueError, match="nltk.downloader punkt_tab.*--config.segment.punkt=embedded"
     ):
         segments.load_punkt("punkt_tab")
