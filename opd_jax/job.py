@@ -71,7 +71,7 @@ class Job:
     selection: selection.Stage
     score: score.Score
     update: update.Update
-    learning_rate: Callable[[int], float]  # updates done -> rate of the next one
+    learning_rate: Callable[[int], float]  # updates applied -> rate of the next one
     teacher_params: Any
     teacher_head_vd: jax.Array | None  # for objectives that read the teacher's hidden states
     reference_params: Any
@@ -166,7 +166,8 @@ class Job:
         own = parallel.sum_over_feeds(self.mesh, own)
         sums = sums | dict(zip(chosen.stats, own, strict=True))
         row |= {name: metrics.divide(*pair) for name, pair in sums.items()}
-        row["optimizer/learning_rate"] = float(self.learning_rate(step))
+        idle = sum(r.get("update/skipped", 0) + r.get("update/empty", 0) for r in self.rows)
+        row["optimizer/learning_rate"] = float(self.learning_rate(step - int(idle)))
         row["rollout/occupancy"] = metrics.divide(stats.busy_steps, stats.slot_steps)
         nonfinite = np.array([stats.num_nonfinite], np.float64)
         row["rollout/num_nonfinite"] = float(parallel.sum_over_feeds(self.mesh, nonfinite)[0])
