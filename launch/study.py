@@ -101,7 +101,7 @@ def read_runs(workdir: str) -> dict:
     stored = tables.results(collect.find_runs([workdir], with_signals=False), arms.arm_of)
     if not stored["runs"]:
         raise ValueError(
-            f"no run below {workdir} belongs to an arm of configs/study.py; run "
+            f"no run below {workdir} is finished and of an arm of configs/study.py; run "
             f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` first"
         )
     return stored

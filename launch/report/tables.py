@@ -22,12 +22,12 @@ PREFIX = "first "  # arms with a fixed prefix
 
 
 def results(runs: Sequence[collect.Run], arm_of: Callable[[dict], str | None]) -> dict:
-    """Everything the tables need of the runs that belong to an arm."""
+    """Everything the tables need of the finished runs that belong to an arm."""
     out = []
     for run in runs:
         arm = arm_of(run.config)
         curve = [point(row) for row in run.rows if collect.is_finite(row.get("eval/accuracy"))]
-        if arm is not None and curve:
+        if arm is not None and curve and curve[-1]["step"] == run.config["num_steps"]:
             commit = str(run.info.get("commit") or "unknown")
             known = dict(arm=arm, seed=run.seed, commit=commit, first_rollouts=first_rollouts(run))
             out.append(known | {"curve": curve})

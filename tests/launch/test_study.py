@@ -128,6 +128,8 @@ def test_a_config_of_no_arm_is_none():
 
 # ---------------------------------------------------------------- from runs to tables
 
+STEPS = {"num_steps": 10}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -136,7 +138,7 @@ def runs(tmp_path_factory):
     for arm, gain in arms:
         for seed in range(2):
             overrides = {**study.ARMS[arm], "seed": seed}
-            config = config_flags.apply_overrides(study.get_config(), overrides).to_dict()
+            config = config_flags.apply_overrides(study.get_config(), overrides | STEPS).to_dict()
             path = root / sweep.directory_name(overrides)
             synthetic_runs.make_run(path, config=config, seed=seed, gain=gain, steps=10)
     return root
@@ -149,6 +151,14 @@ def test_the_command_writes_results_that_give_the_same_tables(runs, capsys):
     assert (runs / "study.md").read_text() == first[:-1]
     study_command.main([f"--results={runs}"])
     assert capsys.readouterr().out == f"#### The {runs.name} pair\n\n{first}"
+
+
+def test_a_run_that_is_not_finished_is_left_out(tmp_path):
+    overrides = {**study.ARMS[study.RULE], "seed": 0, "num_steps": 11}
+    config = config_flags.apply_overrides(study.get_config(), overrides).to_dict()
+    synthetic_runs.make_run(tmp_path / "run", config=config, steps=10)
+    with pytest.raises(ValueError, match="no run"):
+        study_command.read_runs(str(tmp_path))
 
 
 def test_the_report_of_a_study_holds_its_tables_and_names_its_arms(runs):
