@@ -64,6 +64,9 @@ class Style:
     rough: int = 0  # least number of aimless sentences from the first slip to the answer; 0 = none
 
 
+REFERENCE = Style()
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What a family writes. `content` is the problem without its wording: it decides the split."""
@@ -249,7 +252,7 @@ def split_of(content: str) -> str:
     return SPLITS[hashlib.sha256(content.encode()).digest()[0] % HELDOUT_SHARE == 0]
 
 
-def make(family: str, split: str, seed: int, index: int, style: Style = Style()) -> Example:
+def make(family: str, split: str, seed: int, index: int, style: Style = REFERENCE) -> Example:
     """Problem number `index` of a family and split. The same arguments give the same problem.
 
     `style` changes the solution alone.
@@ -276,7 +279,7 @@ def make(family: str, split: str, seed: int, index: int, style: Style = Style())
 
 
 def make_many(
-    families: tuple[str, ...], split: str, seed: int, num: int, style: Style = Style()
+    families: tuple[str, ...], split: str, seed: int, num: int, style: Style = REFERENCE
 ) -> list[Example]:
     """`num` problems that take the families in turn."""
     return [make(families[i % len(families)], split, seed, i, style) for i in range(num)]
