@@ -117,6 +117,7 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_starts(
     other = json.loads(json.dumps(config.to_dict())) | {"rate": 0.25}
     (tmp_path / "seed=1").mkdir()
     (tmp_path / "seed=1" / "config.json").write_text(json.dumps(other))
+    (tmp_path / "seed=1" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=re.escape(message)):
         found = sweep.elements(texts, zipped) if texts else []
         sweep.plan(config, found, str(tmp_path))
