@@ -138,7 +138,7 @@ def test_a_run_with_nothing_but_a_first_row_still_makes_a_page(tmp_path):
 
 
 def test_a_diagnosis_alone_makes_a_page_beside_the_papers_figures(tmp_path):
-    figures = {"rollouts": 8, "accuracy": 0.5, "tokens": 90.0, "segments": 9.0}
+    figures = {"rollouts": 8, "accuracy": 0.5, "truncated": 0.0, "tokens": 90.0, "segments": 9.0}
     for side in diagnose.SIDES:
         figures |= {f"above_6_min_side_{side}": 0.375, f"gain_mean_min_side_{side}": None}
         figures |= {f"median_release_min_side_{side}": 0.2}
