@@ -58,7 +58,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(alone, root, pair, number)
     workdir, seconds = alone
     killed = root / f"killed_{number}"
     rng = random.Random(number)
-    met = kill.disturb(killed, arguments(pair, **EVERY_STEP), seconds, 2, rng)
+    # The machine may be quicker now than when the run was timed.
+    met = kill.disturb(killed, arguments(pair, **EVERY_STEP), 0.6 * seconds, 2, rng)
     assert met != ["over", "over"]
     assert kill.differences(workdir, killed) == []
 
