@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     launcher.initialize(WORKDIR.value)
     from opd_jax import checkpoint, preemption, train  # after initialize: they touch JAX
 
-    checkpoint.say_write_errors_once()
+    checkpoint.quiet_orbax()
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except preemption.Preempted:

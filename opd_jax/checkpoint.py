@@ -8,6 +8,7 @@ an array file reads back as zeros without an error.
 
 import dataclasses
 import json
+import logging as python_logging
 import os
 import sys
 from typing import Any
@@ -236,14 +237,21 @@ def _metric(metrics: dict) -> float:
     return metrics["metric"]
 
 
-def say_write_errors_once() -> None:
+def quiet_orbax() -> None:
     """For a command: nothing but what `save` and `wait` raise is said of a failed write.
 
-    Orbax's threads log it with their tracebacks, several times, and TensorStore's, whose event loop
-    is then gone, report that.
+    Orbax's threads log it with their tracebacks, several times, asyncio logs each further array,
+    and TensorStore's threads, whose event loop is then gone, report that. Nor is every checkpoint
+    without an evaluation worth a warning.
     """
-    logging.get_absl_logger().addFilter(
-        lambda record: not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+    def is_news(record) -> bool:
+        of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+        return not (of_orbax and (record.exc_info or "tracked_metric" in record.getMessage()))
+
+    logging.get_absl_logger().addFilter(is_news)
+    python_logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
     )
     report = sys.unraisablehook
 
