@@ -131,7 +131,7 @@ import resource, sys
 from opd_jax import checkpoint
 from tests import test_checkpoint
 
-checkpoint.say_write_errors_once()
+checkpoint.quiet_orbax()
 saved = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
 for step in (2, 4):
     state = test_checkpoint.make_state(step)
