@@ -48,31 +48,18 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     workdir = epath.Path(workdir)
     owner.check_same_run(resolved, workdir)
     mesh = parallel.build_mesh(config.mesh)
-    feed = parallel.feed(mesh)
     seed, num_steps, log = config.seed, config.num_steps, config.log.to_dict()
 
     models = _models(config)
     student, teacher, reference = models.values()
     tokenizer = text.load_tokenizer(student.directory)
-    thinking = config.data.thinking
-    sample = config.rollout.to_dict()
+    sample, asked = config.rollout.to_dict(), config.data.to_dict()
+    batch_size, prompt_len, thinking = (asked[k] for k in ("batch_size", "prompt_len", "thinking"))
     named = [model for model in models.values() if model.path]
     for line in _check_contract(named, tokenizer, thinking, sample, config.contract_allow):
         logging.warning("allowed by config.contract_allow: %s", line)
 
-    batch_size, prompt_len = config.data.batch_size, config.data.prompt_len
-    parallel.check_rows(batch_size, "data.batch_size", mesh)
-    prompts = data.PromptStream(
-        data.build_dataset(config.data.source, "train", on_error=config.data.on_error),
-        tokenizer,
-        batch_size=batch_size,
-        prompt_len=prompt_len,
-        seed=seed,
-        host_index=feed.index,
-        host_count=feed.count,
-        too_long=config.data.too_long,
-        thinking=thinking,
-    )
+    prompts = _prompts(asked, tokenizer, seed, mesh)
     loss, loss_knobs = objective(config.objective)
     chosen = selector(config.selector)
     select = selection.build(
@@ -85,7 +72,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         seed=seed,
         num_steps=num_steps,
         gather=functools.partial(parallel.gather_rows, mesh),
-        feed_index=feed.index,
+        feed_index=parallel.feed(mesh).index,
     )
     watched = WATCHED if log["signals_every_steps"] else frozenset()
     device = on_device(
@@ -109,16 +96,16 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     verifier = verify.Verifier()
     eval_knobs = config.evaluate.to_dict()
     eval_sets = _problems(*(eval_knobs[k] for k in ("source", "num_problems", "num_ood_problems")))
-    look = functools.partial(
-        evaluate.build,
-        tokenizer=tokenizer,
-        verifier=verifier,
-        prompt_len=prompt_len,
-        batch_size=eval_knobs["batch_size"],
-        thinking=thinking,
-    )
     evaluator, teacher_evaluator = (
-        look(device.sampler.of(shape)) for shape in (student.config, teacher.config)
+        evaluate.build(
+            device.sampler.of(model.config),
+            tokenizer,
+            verifier,
+            prompt_len=prompt_len,
+            batch_size=eval_knobs["batch_size"],
+            thinking=thinking,
+        )
+        for model in (student, teacher)
     )
     keep = config.checkpoint.to_dict()
     every = job.Every(
@@ -132,7 +119,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     owner.claim(workdir, resolved)
     checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), **keep)
     start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
-    _check_num_steps(num_steps, start.step, workdir)
+    owner.check_num_steps(num_steps, start.step, workdir)
     keep_through = start.step - (start.row is not None)
     teacher_params = teacher.load(mesh)
     reads_states = "teacher_hidden_btd" in loss.needs
@@ -186,7 +173,7 @@ class OnDevice:
     sampled_by: str  # "student" or "teacher"
     score: score.Score
     update: update.Update
-    learning_rate: Callable[[int], Any]  # updates done -> learning rate
+    learning_rate: Callable[[int], Any]  # updates applied -> rate of the next one
     max_skipped: int  # bad updates in a row that stop the run
 
 
@@ -210,8 +197,8 @@ def on_device(
 
     Args:
       config: read here: model, pack and optim.
-      vocab_size: real tokens; the models' heads may have more rows.
       models: "student", "teacher", "reference" -> shape; None = no such model.
+      vocab_size: real tokens; the models' heads may have more rows.
       sample: config.rollout.
       needs: fields of the teacher's scores that somebody reads.
       param_dtype: of the student.
@@ -297,6 +284,16 @@ def _models(config) -> dict[str, Source]:
     return {role: Source(role, s.path, s.param_dtype) for role, s in sections.items()}
 
 
+def _prompts(asked: dict, tokenizer, seed: int, mesh) -> data.PromptStream:
+    """This host's rows of every batch; `asked` is config.data."""
+    asked, feed = dict(asked), parallel.feed(mesh)
+    parallel.check_rows(asked["batch_size"], "data.batch_size", mesh)
+    source = data.build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error"))
+    return data.PromptStream(
+        source, tokenizer, **asked, seed=seed, host_index=feed.index, host_count=feed.count
+    )
+
+
 def _backend(section, mesh) -> qwen3.Backend:
     return qwen3.Backend(
         attention=section.attention,
@@ -344,7 +341,7 @@ def _micro_batch(section, prompt_len, response_len, batch_size, mesh) -> dict:
 
 
 def _optimizer(section, num_steps):
-    """The optimiser, its learning rate by updates done, and how many bad updates stop the run."""
+    """The optimiser, its rate by updates applied, and how many bad updates stop the run."""
     peak, warmup, decay = (section[k] for k in ("learning_rate", "warmup_steps", "decay"))
     if decay == "constant":
         after = optax.constant_schedule(peak)
@@ -409,14 +406,6 @@ def state_shapes(updater, model_config, param_dtype):
         jax.eval_shape(updater.init, params),
         updater.shardings,
     )
-
-
-def _check_num_steps(num_steps: int, done: int, workdir) -> None:
-    if num_steps < done:
-        raise ValueError(
-            f"config.num_steps={num_steps}, but the run in {workdir} has done {done} updates and "
-            f"cannot undo them. Set --config.num_steps={done} (it ends there) or more"
-        )
 
 
 def _start(checkpoints, updater, prompts, student, resolved, mesh) -> job.Start:

@@ -123,6 +123,15 @@ def compare(config: dict, there: dict, workdir: epath.Path) -> None:
         )
 
 
+def check_num_steps(num_steps: int, done: int, workdir) -> None:
+    """Raises if the run that goes on has done more than it is asked for."""
+    if num_steps < done:
+        raise ValueError(
+            f"config.num_steps={num_steps}, but the run in {workdir} has done {done} updates and "
+            f"cannot undo them. Set --config.num_steps={done} (it ends there) or more"
+        )
+
+
 def _may_change(key: str, config: dict) -> bool:
     """True = a run of this flat config goes on as it was with another value of `key`."""
     growing = config.get("selector.kind") == "growing_prefix" and not config.get(

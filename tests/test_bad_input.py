@@ -338,7 +338,7 @@ ROWS = [
     Row(
         "config.num_steps=4,",
         "--config.num_steps=6",
-        lambda: build._check_num_steps(4, 6, "runs/a"),
+        lambda: owner.check_num_steps(4, 6, "runs/a"),
     ),
     *knobs(
         lambda kind, by: objectives.check_models(objectives.build(kind), by, True),
