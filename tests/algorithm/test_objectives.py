@@ -125,6 +125,24 @@ def test_the_size_of_chunks_changes_nothing(chunk):
     jax.tree.map(assert_close, other, one)
 
 
+@pytest.mark.parametrize("kind", ["sampled_pg", "jsd"])
+def test_tokens_taken_as_the_cache_holds_them_change_nothing(kind, monkeypatch):
+    """What a CPU does with a large vocabulary: 9 tokens of a chunk, 3 at a time."""
+    hidden, head, teacher_head, targets = problem()
+    loss = functools.partial(
+        objectives.head_loss_and_grads, objectives.build(kind), chunk=3 * M, vocab_size=V
+    )
+    said = functools.partial(objectives.logprobs, num_top=3, chunk=3 * M, vocab_size=V)
+
+    def both():
+        grads = loss(hidden, head, targets, COUNT, teacher_head)
+        return grads, said(hidden, head, targets.token, targets.candidates_k, COUNT)
+
+    whole = both()
+    monkeypatch.setattr(objectives, "CACHED_LOGITS", 3 * ROWS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), both(), whole)
+
+
 def test_no_used_slot_means_no_work_and_zeros():
     hidden, head, _, targets = problem()
     run = functools.partial(objectives.head_loss_and_grads, objectives.build())
