@@ -113,26 +113,32 @@ class _Updates:
         params = sizes.random_params(self.stages.student, args.seed, args.dtype)
         self.state = self.stages.update.init(params)
 
-    def seconds(self, release_b) -> float:
-        """Median seconds of an update that supervises the first release_b tokens of each row."""
+    def seconds(self, *releases) -> list[float]:
+        """Median seconds of updates that supervise the first release_b tokens of each row.
+
+        One after the other, again and again: what slows the machine slows all of them.
+        """
+        args = self.args
+        laps = [[self._lap(b) for b in releases] for _ in range(args.warmup + args.repeats)]
+        return [statistics.median(column) for column in zip(*laps[args.warmup :], strict=True)]
+
+    def _lap(self, release_b) -> float:
         supervised = np.arange(self.args.new_tokens)[None] < np.asarray(release_b)[:, None]
         length = supervised.sum(axis=1, keepdims=True)
         weight = np.where(supervised, 1 / np.maximum(length, 1), 0.0).astype(np.float32)
-
-        def run():
-            self.state, metrics = self.stages.update(
-                self.state, self.rollout, self.scores, weight, self.args.batch, self.teacher_head
-            )
-            return self.state, metrics["loss"]
-
-        return measure.timed(run, warmup=self.args.warmup, repeats=self.args.repeats)[0]
+        clock = measure.Clock()
+        self.state, metrics = self.stages.update(
+            self.state, self.rollout, self.scores, weight, self.args.batch, self.teacher_head
+        )
+        jax.block_until_ready((self.state, metrics["loss"]))
+        return clock.seconds()
 
 
 def update_case(args) -> Report:
     """The update with everything supervised."""
     updates = _Updates(args)
     release = np.full(args.batch, args.new_tokens)
-    seconds = updates.seconds(release)
+    (seconds,) = updates.seconds(release)
     flops, rate = update_flops(updates.stages, release), measure.matmul_rate(args.dtype)
     row = dict(
         objective=args.objective,
@@ -155,10 +161,9 @@ def crop_case(args) -> Report:
     share = np.clip(rng.lognormal(np.log(MEDIAN_RELEASE), 0.8, args.batch), 0.0, 1.0)
     share[: round(UNRELEASED * args.batch)] = 1.0
     releases["paper's mix"] = np.ceil(share * args.new_tokens).astype(int)
-    rows, whole = [], None
-    for name, release in releases.items():
-        seconds = updates.seconds(release)
-        whole = seconds if whole is None else whole
+    rows, taken = [], updates.seconds(*releases.values())
+    whole = taken[0]
+    for (name, release), seconds in zip(releases.items(), taken, strict=True):
         rows.append(
             dict(
                 released_at=name,
