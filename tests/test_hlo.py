@@ -120,6 +120,40 @@ def test_stacked_weights_are_read_once_each_and_a_cache_is_written_one_column_at
     assert weights <= costs.hbm_bytes < 3.5 * weights  # copies of a slice; never 16 x the stack
 
 
+RETILED = """\
+HloModule m, is_scheduled=true
+
+%retile (p: f32[28,64]) -> f32[28,64] {
+  %p = f32[28,64]{1,0:T(16,128)} parameter(0)
+  ROOT %copy = f32[28,64]{1,0:T(8,128)} copy(%p)
+}
+
+%layer (stack: f32[28,64], i: s32[]) -> f32[1,64] {
+  %stack = f32[28,64]{1,0:T(16,128)} parameter(0)
+  %view = f32[28,64]{1,0:T(8,128)} fusion(%stack), kind=kLoop, ALIAS calls=%retile
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,64]{1,0:T(8,128)} dynamic-slice(%view, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (stack: f32[28,64], i: s32[]) -> f32[1,64] {
+  %stack = f32[28,64]{1,0:T(16,128)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[1,64]{1,0:T(8,128)} fusion(%stack, %i), kind=kLoop, calls=%layer
+}
+"""
+
+
+def test_a_slice_of_a_view_in_another_tiling_reads_the_slice():
+    """As tpu7x decodes: the whole cache would be counted once per layer."""
+    alias = "output_to_operand_aliasing={{}: (0, {})},"
+    view, copied = (
+        hlo_cost.count(hlo.parse(RETILED.replace("ALIAS", text))).hbm_bytes for text in (alias, "")
+    )
+    assert view == 4 * (64 + 64 + 1)  # the layer, the result, the index
+    assert copied == 4 * (28 * 64 + 64 + 1)
+
+
 @pytest.mark.parametrize("replicated", [False, True])
 def test_a_device_counts_its_share_or_all_of_what_is_replicated(replicated):
     mesh = _cpu_mesh()
