@@ -48,6 +48,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     workdir = epath.Path(workdir)
     owner.check_same_run(resolved, workdir)
     mesh = parallel.build_mesh(config.mesh)
+    feed = parallel.feed(mesh)
     seed, num_steps, log = config.seed, config.num_steps, config.log.to_dict()
 
     models = _models(config)
@@ -59,7 +60,8 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     for line in _check_contract(named, tokenizer, thinking, sample, config.contract_allow):
         logging.warning("allowed by config.contract_allow: %s", line)
 
-    prompts = _prompts(asked, tokenizer, seed, mesh)
+    parallel.check_rows(batch_size, "data.batch_size", mesh)
+    prompts = _prompts(asked, tokenizer, seed, feed)
     loss, loss_knobs = objective(config.objective)
     chosen = selector(config.selector)
     select = selection.build(
@@ -72,7 +74,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         seed=seed,
         num_steps=num_steps,
         gather=functools.partial(parallel.gather_rows, mesh),
-        feed_index=parallel.feed(mesh).index,
+        feed_index=feed.index,
     )
     watched = WATCHED if log["signals_every_steps"] else frozenset()
     device = on_device(
@@ -284,10 +286,9 @@ def _models(config) -> dict[str, Source]:
     return {role: Source(role, s.path, s.param_dtype) for role, s in sections.items()}
 
 
-def _prompts(asked: dict, tokenizer, seed: int, mesh) -> data.PromptStream:
+def _prompts(asked: dict, tokenizer, seed: int, feed: parallel.Feed) -> data.PromptStream:
     """This host's rows of every batch; `asked` is config.data."""
-    asked, feed = dict(asked), parallel.feed(mesh)
-    parallel.check_rows(asked["batch_size"], "data.batch_size", mesh)
+    asked = dict(asked)
     source = data.build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error"))
     return data.PromptStream(
         source, tokenizer, **asked, seed=seed, host_index=feed.index, host_count=feed.count

@@ -228,13 +228,20 @@ class _Counter:
     def _reads(self, fused, value: hlo.Op) -> float:
         total = 0.0
         for user, position in fused.users[value.name]:
-            if user.opcode in ("bitcast", "get-tuple-element") or _is_view(user, position):
+            if user.opcode in ("bitcast", "get-tuple-element") or self._is_view(user, position):
                 total += self._reads(fused, user)
             elif user.opcode == "fusion":
                 total += self._parameter_read(self.module.computations[user.called[0]], position)
             else:
                 total += self._read(fused, value.name, user, position, fused_in=True)
         return total
+
+    def _is_view(self, op: hlo.Op, position: int) -> bool:
+        """True = a fusion, inside another, whose result is that operand in another tiling."""
+        if op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ") != str(position):
+            return False
+        inner = self.module.computations[op.called[0]]
+        return all(x.opcode in ("parameter", "copy", "bitcast") for x in inner.ops.values())
 
     def _read(self, computation, name: str, user: hlo.Op, position: int, fused_in=False) -> float:
         """Bytes that `user` reads of its operand."""
@@ -258,11 +265,6 @@ def _written(computation, op: hlo.Op, array: hlo.Array) -> float:
     if update is not None:
         return computation.ops[op.operands[update]].results[0].num_bytes
     return array.main_bytes if array.memory_space == 0 else 0
-
-
-def _is_view(op: hlo.Op, position: int) -> bool:
-    """True = a fusion, inside another, whose result is that operand in another tiling."""
-    return op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), \{\}\)\}") == str(position)
 
 
 def _origin(computation, op: hlo.Op) -> hlo.Op:

@@ -164,18 +164,14 @@ def default_shape(
 ) -> tuple[int, int]:
     """(micro_batch_rows, micro_batch_tokens), both global, for `batch_size` rows in all.
 
-    Lines hold the longest row, or two rows released half-way where that makes them at most a
-    sixteenth longer: longer ones would pack tighter, but attention costs their square. Each of
-    `num_shards` gets at most `target_tokens` tokens of lines together (larger ones would gain no
-    speed), and a fully supervised batch makes eight micro-batches, because cost is rounded up to
-    whole ones; but none is so small (512 tokens) that adding up its gradients costs as much as
-    making them.
+    Lines just hold the longest row: longer ones would pack a little tighter, but attention costs
+    their square. Each of `num_shards` gets at most `target_tokens` tokens of lines together (larger
+    ones would gain no speed), and a fully supervised batch makes eight micro-batches, because cost
+    is rounded up to whole ones; but none is so small (512 tokens) that adding up its gradients
+    costs as much as making them.
     """
     unit = 128 if prompt_len + response_len > 1024 else 32
-    longest, halves = (
-        -(-(prompts * prompt_len + response_len) // unit) * unit for prompts in (1, 2)
-    )
-    tokens = halves if 16 * halves <= 17 * longest else longest
+    tokens = -(-(prompt_len + response_len) // unit) * unit
     batch_lines = -(-batch_size // num_shards)
     rows = min(max(-(-512 // tokens), batch_lines // 8), target_tokens // tokens, batch_lines)
     return num_shards * max(1, rows), tokens

@@ -183,8 +183,7 @@ def test_prompts_that_are_not_left_padded_are_refused(valid):
     "size, expected",
     [
         (dict(prompt_len=64, response_len=192, batch_size=64), (8, 256)),
-        (dict(prompt_len=32, response_len=512, batch_size=8), (1, 576)),
-        (dict(prompt_len=64, response_len=512, batch_size=8), (1, 576)),
+        (dict(prompt_len=32, response_len=512, batch_size=8), (1, 544)),
         (dict(prompt_len=32, response_len=128, batch_size=8), (4, 160)),
         (dict(prompt_len=32, response_len=128, batch_size=2), (2, 160)),
         (dict(prompt_len=2048, response_len=16384, batch_size=1024, num_shards=16), (16, 18432)),
