@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
                 config,
                 lambda config: run.plan(config, slice_, assume, report),
                 len(slice_.devices),
+                run.num_experts(config),
                 report,
             )
             print(json.dumps(search.as_json(found)) if JSON.value else search.as_table(found))

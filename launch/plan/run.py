@@ -82,6 +82,12 @@ def model_config(name: str) -> qwen3.Qwen3Config | None:
     return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
 
 
+def num_experts(config: mlc.ConfigDict) -> int:
+    """The most that a model of the config has; 0 = all are dense."""
+    models = (model_config(config[role].path) for role in ("student", "teacher", "reference"))
+    return max(model.num_experts for model in models if model)
+
+
 def place(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:
     """Parameters in training sharding, without data."""
     shapes = qwen3.param_shapes(config, jnp.dtype(dtype))

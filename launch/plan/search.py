@@ -16,7 +16,11 @@ Element = dict[str, object]  # dotted key -> value
 
 
 def search(
-    config: mlc.ConfigDict, plan: Callable[[mlc.ConfigDict], Plan], num_devices: int, report
+    config: mlc.ConfigDict,
+    plan: Callable[[mlc.ConfigDict], Plan],
+    num_devices: int,
+    num_experts: int,
+    report: Callable[[str], None],
 ) -> list[tuple[Element, Plan]]:
     """Plans of everything that was tried, those that fit first, fastest first.
 
@@ -25,6 +29,7 @@ def search(
 
     Args:
       plan: config -> its plan; ValueError = this mesh cannot hold the model.
+      num_experts: of the models; 0 = none has experts, and none of the meshes divides any.
       report: told of what is tried.
     """
     found = []
@@ -36,7 +41,7 @@ def search(
         except ValueError as error:
             report(f"  not possible: {str(error).split(':')[0]}")
 
-    for mesh in meshes(num_devices):
+    for mesh in meshes(num_devices, num_experts):
         attempt({"mesh": mesh})
     if not found:
         raise ValueError(
@@ -50,10 +55,10 @@ def search(
     return sorted(found, key=_rank)
 
 
-def meshes(num_devices: int) -> Iterator[tuple]:
+def meshes(num_devices: int, num_experts: int) -> Iterator[tuple]:
     """config.mesh of each shape to try."""
     for tensor in _TENSOR:
-        for expert in _EXPERT:
+        for expert in _EXPERT if num_experts else (1,):
             if num_devices % (tensor * expert) == 0:
                 yield (("data", 1), ("fsdp", -1), ("tensor", tensor), ("expert", expert))
 

@@ -197,6 +197,15 @@ def test_a_stage_that_does_not_compile_has_no_time():
     assert "does not compile" in text.as_table(plan, [])
 
 
+def test_only_models_with_experts_are_searched_for_meshes_that_divide_them():
+    experts = [dict(mesh)["expert"] for mesh in search.meshes(8, 0)]
+    assert experts == [1, 1, 1, 1] and len([*search.meshes(8, 128)]) == 6
+    dense, mixture = (
+        config_flags.load(str(ROOT / f"configs/paper.py:{v}")) for v in ("v5e-8", "8b")
+    )
+    assert (run.num_experts(dense), run.num_experts(mixture)) == (0, 128)
+
+
 def test_search_ranks_what_fits_by_time_and_goes_on_from_the_best_mesh():
     config = config_flags.load(str(ROOT / "configs/paper.py:1.7b"))
     tried = []
@@ -211,7 +220,7 @@ def test_search_ranks_what_fits_by_time_and_goes_on_from_the_best_mesh():
         found.stages["update"].seconds = 2.0 - config.pack.micro_batch_rows / 16
         return found
 
-    found = search.search(config, plan, 4, lambda line: None)
+    found = search.search(config, plan, 4, 128, lambda line: None)
     assert tried == [(1, 0), (1, 0), (2, 0), (4, 0), (2, 4), (2, 8)]
     element, best = found[0]
     assert best.fits and element["pack.micro_batch_rows"] == 8
