@@ -118,12 +118,14 @@ class Writer:
 
     def _show(self, row: dict[str, float]) -> None:
         parts = [f"{label} {form.format(row[name])}" for name, label, form in SHOWN if name in row]
+        # A share of nothing, as the release point where nothing is released, is "-".
+        line = "  ".join(parts).replace("nan%", "-")
         step = int(row["step"])
         if self._bar:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(", ".join(parts))
+            self._bar.set_postfix_str(line)
         if "eval/accuracy" in row or (not self._bar and step % self._every_steps == 0):
-            self.say(f"step {step:>4}/{self._num_steps}  " + "  ".join(parts))
+            self.say(f"step {step:>4}/{self._num_steps}  {line}")
 
     def close(self) -> None:
         if not self._enabled:

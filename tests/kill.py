@@ -65,7 +65,7 @@ def start(workdir: pathlib.Path, arguments: Sequence[str]) -> subprocess.Popen:
         )
 
 
-def finish(workdir: pathlib.Path, arguments: Sequence[str], timeout: float = 900) -> float:
+def finish(workdir: pathlib.Path, arguments: Sequence[str], timeout: float = 3600) -> float:
     """Runs to the end; returns the seconds it took."""
     begin = time.monotonic()
     status = start(workdir, arguments).wait(timeout)

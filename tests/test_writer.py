@@ -41,7 +41,8 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_tensorboard_events_and_plain_lines(tmp_path, capsys):
     out = open_writer(tmp_path, -1)
-    out.write({"step": 1, "loss": 0.25, "eval/accuracy": 0.5})
+    nothing = {"release/rate": 0.0, "release/position_median": float("nan")}
+    out.write({"step": 1, "loss": 0.25, "eval/accuracy": 0.5} | nothing)
     out.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    assert "loss 0.250  accuracy 50.0%" in capsys.readouterr().err
+    assert "loss 0.250  released 0%  at -  accuracy 50.0%" in capsys.readouterr().err
