@@ -17,6 +17,7 @@ from opd_jax.algorithm import selectors
 WORDS = "the of we so that x = 2 + n is sum and therefore a let value equals by prime each hence"
 ENDS = (b".", b"?", b". Then", b".\n\n")
 END_SHARE = 1 / 18
+SLOTS = 128  # rows that the predicted step decodes at once: more do not fit 16 chips of v5e
 
 
 def host_case(args) -> Report:
@@ -98,9 +99,17 @@ def _plan(args) -> dict:
         f"--topology={args.topology}",
         f"--config.data.batch_size={args.rows}",
         f"--config.rollout.response_len={args.new_tokens}",
+        f"--config.rollout.num_slots={SLOTS}",
         f"--response_mean={args.new_tokens}",
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"ERROR: {' '.join(command[1:])} failed; without it, set --topology=''.")
-    return json.loads(done.stdout.splitlines()[-1])
+    plan = json.loads(done.stdout.splitlines()[-1])
+    if plan["step_seconds"] is None:
+        sys.exit(
+            f"ERROR: {args.config} does not compile for --topology={args.topology}, so there is no "
+            f"step to compare with: {' '.join(command[1:])} says what is short. Set a larger "
+            "--topology, or --topology='' for the seconds alone."
+        )
+    return plan
