@@ -19,7 +19,7 @@ cloud CPU, milliseconds; a plain head takes 18.7, sampling as it is now 2.2):
 And for the update (8 rows of 128 tokens, both heads; seconds unless it says otherwise):
 
   loss      a chunk's passes from memory 8.5, a few tokens at a time from the cache 6.8 (kept)
-  chunk     256 tokens for 128: 0.9 x with everything supervised, but 1.3 x at 13 %, because the
-            last chunk of a line is rounded up
+  chunk     256 tokens for 128: 0.9 x with everything supervised and 0.3 GiB more; at 25 and 13 %
+            no difference was seen, though a line's last chunk is rounded up to 1.2 x the slots
   heap      kept between steps (MALLOC_MMAP_MAX_=0, no trimming): no faster, V = 4,096
 """
