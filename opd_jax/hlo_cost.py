@@ -238,7 +238,8 @@ class _Counter:
 
     def _is_view(self, op: hlo.Op, position: int) -> bool:
         """True = a fusion, inside another, whose result is that operand in another tiling."""
-        if op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ") != str(position):
+        aliased = op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ")
+        if op.opcode != "fusion" or aliased != str(position):
             return False
         inner = self.module.computations[op.called[0]]
         return all(x.opcode in ("parameter", "copy", "bitcast") for x in inner.ops.values())

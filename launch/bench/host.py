@@ -17,7 +17,7 @@ from opd_jax.algorithm import selectors
 WORDS = "the of we so that x = 2 + n is sum and therefore a let value equals by prime each hence"
 ENDS = (b".", b"?", b". Then", b".\n\n")
 END_SHARE = 1 / 18
-SLOTS = 128  # rows that the predicted step decodes at once: more do not fit 16 chips of v5e
+SLOTS = 128  # rows that the predicted step decodes at once: all 1,024 do not fit v5e:4x4
 
 
 def host_case(args) -> Report:

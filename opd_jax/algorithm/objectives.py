@@ -242,18 +242,18 @@ def _loss_and_d_logits(objective, logits_msv, targets_ms, teacher_msv, use_ms, s
         )
         use_n &= jnp.isfinite(loss_n)
         (d_logits_nv,) = pull_back(jnp.where(use_n, targets_n.weight, 0.0).astype(jnp.float32))
-        return jnp.where(use_n[:, None], d_logits_nv, 0.0), loss_n, aux
+        return jnp.where(use_n[:, None], d_logits_nv, 0.0), use_n, aux | {"token_loss": loss_n}
 
-    d_logits_msv, loss_ms, aux = _map_tokens(of_tokens, logits_msv, targets_ms, teacher_msv, use_ms)
-    finite_ms = jnp.isfinite(loss_ms)
-    sums["nonfinite"] += jnp.sum(use_ms & ~finite_ms, dtype=jnp.float32)
-    use_ms = use_ms & finite_ms
-    aux["token_loss"] = loss_ms
+    asked_ms = use_ms
+    d_logits_msv, use_ms, aux = _map_tokens(
+        of_tokens, logits_msv, targets_ms, teacher_msv, asked_ms
+    )
+    sums["nonfinite"] += jnp.sum(asked_ms & ~use_ms, dtype=jnp.float32)
     for name in ("advantage", "sampler_gap"):
         if name in aux:
             aux["abs_" + name] = jnp.abs(aux[name])
             sums["max_abs_" + name] = jnp.max(jnp.where(use_ms, aux["abs_" + name], 0.0))
-    sums["loss"] = jnp.sum(jnp.where(use_ms, targets_ms.weight * loss_ms, 0.0))
+    sums["loss"] = jnp.sum(jnp.where(use_ms, targets_ms.weight * aux["token_loss"], 0.0))
     sums["tokens"] = jnp.sum(use_ms, dtype=jnp.float32)
     for name, value_ms in aux.items():
         sums[name] = jnp.sum(jnp.where(use_ms, value_ms, 0.0))
