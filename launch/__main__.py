@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     from opd_jax import checkpoint, preemption, train  # after initialize: they touch JAX
 
     checkpoint.quiet_orbax()
+    status = 0
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except preemption.Preempted:
@@ -35,9 +36,11 @@ def main(argv: list[str]) -> None:
             f"preempted: checkpointed under {WORKDIR.value}; the same command goes on from there",
             file=sys.stderr,
         )
-        sys.exit(preemption.EXIT_PREEMPTED)
+        status = preemption.EXIT_PREEMPTED
     except (ValueError, FloatingPointError, OSError) as error:
         launcher.fail(f"ERROR: {_advised(error)}")
+    preemption.ignore()
+    sys.exit(status)
 
 
 def _advised(error: Exception) -> str:

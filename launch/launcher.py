@@ -228,7 +228,9 @@ def run_local(num_processes: int, devices_per_process: int, workdir: str) -> int
         processes.append(process)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: [p.send_signal(number) for p in processes])
-    return _wait(processes, logs)
+    status = _wait(processes, logs)
+    preemption.ignore()
+    return status
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[pathlib.Path | None]) -> int:

@@ -23,6 +23,15 @@ class Preempted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop; the training state is that of the last whole update."""
 
 
+def ignore() -> None:
+    """From here on SIGTERM changes nothing: call when all is written, so that the exit code stands.
+
+    The interpreter gives a Python handler's signal its default back long before it is gone; one
+    that came then would turn a finished run into a killed one.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Guard:
     """Holds the signal handler; `check()` raises `Preempted` on every process or on none."""
 

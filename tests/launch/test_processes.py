@@ -107,6 +107,21 @@ def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(alone, root, pa
     assert kill.differences(workdir, stopped) == []
 
 
+def test_sigterm_while_the_interpreter_shuts_down_leaves_the_status(alone, pair):
+    """Python gives a signal its default back before it clears its modules, which takes a while."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), sigterm=signal.SIGTERM):\n"
+        "        kill(me, sigterm)\n"
+        "sys.late = Late()\n"
+        "runpy.run_module('launch', run_name='__main__', alter_sys=True)"
+    )
+    workdir, _ = alone  # done: there is nothing left to do
+    command = [sys.executable, "-c", code, f"--workdir={workdir}", *arguments(pair, **EVERY_STEP)]
+    assert subprocess.run(command, timeout=600).returncode == 0
+
+
 def wait_for_handler(process, workdir):
     """Until the run holds its workdir: from then on SIGTERM is its own."""
     while process.poll() is None and not (workdir / "config.json").exists():
