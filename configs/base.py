@@ -21,6 +21,7 @@ def get_config() -> mlc.ConfigDict:
         compute_dtype="float32",  # of matmuls; norms, softmax and log-probs are always float32
         attention="xla",  # xla | splash (TPU, long rows) | cudnn (GPU)
         remat="none",  # what the backward pass recomputes: none | dots | layer
+        unroll=-1,  # models of at most so many layers are not scanned; -1 = 8 on a CPU, else 0
     )
     c.contract_allow = ()  # student-teacher mismatches accepted by name (the error prints names)
 

@@ -131,7 +131,9 @@ def build(verifier, directory, step: int | None):
         min_p=MIN_P.value,
         first_cache=min(512, PROMPT_LEN.value + RESPONSE_LEN.value),
         backend=qwen3.Backend(
-            compute_dtype=jnp.dtype(DTYPE.value), shard=parallel.shard_activations(mesh)
+            compute_dtype=jnp.dtype(DTYPE.value),
+            unroll=qwen3.choose_unroll(-1, parallel.platform(mesh)),
+            shard=parallel.shard_activations(mesh),
         ),
     )
     evaluator = evaluate.build(

@@ -297,6 +297,7 @@ def _prompts(asked: dict, tokenizer, seed: int, feed: parallel.Feed) -> data.Pro
 
 def _backend(section, mesh) -> qwen3.Backend:
     return qwen3.Backend(
+        unroll=qwen3.choose_unroll(section.unroll, parallel.platform(mesh)),
         attention=section.attention,
         remat=section.remat,
         compute_dtype=jnp.dtype(section.compute_dtype),

@@ -35,15 +35,14 @@ class Spec:
     @property
     def head_is_dv(self) -> bool:
         """The head is stored transposed: only the CPU's bf16 matmul is slow otherwise."""
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return on_cpu and self.head_dtype == jnp.bfloat16
+        return parallel.platform(self.mesh) == "cpu" and self.head_dtype == jnp.bfloat16
 
 
 @struct.dataclass
 class Weights:
     """The student as decoding wants it."""
 
-    params: Any  # compute dtype, decode sharding
+    params: Any  # compute dtype, decode sharding, of `qwen3.for_decoding`
     head: jax.Array  # head dtype, [V, D], or [D, V] where `Spec.head_is_dv`
 
 
@@ -92,12 +91,11 @@ def prepare(spec: Spec, params: Any) -> Weights:
     axes = ("vocab", "embed")
     if spec.head_is_dv:
         head, axes = head.T, axes[::-1]
-    cast = jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params)
-    if mesh.size == 1:  # what needs no cast stays where it is
-        return Weights(cast, head)
-    return jax.lax.with_sharding_constraint(
-        Weights(cast, head), Weights(decode(qwen3.param_axes(config)), decode(axes))
-    )
+    weights = Weights(jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params), head)
+    if mesh.size > 1:  # on one device, what needs no cast stays where it is
+        places = Weights(decode(qwen3.param_axes(config)), decode(axes))
+        weights = jax.lax.with_sharding_constraint(weights, places)
+    return weights.replace(params=qwen3.for_decoding(config, weights.params, spec.backend))
 
 
 def _pinned(spec: Spec, slots: Slots) -> Slots:
@@ -115,7 +113,7 @@ def _pinned(spec: Spec, slots: Slots) -> Slots:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init(spec: Spec, num_slots: int, columns: int) -> Slots:
     S = num_slots
-    cache = qwen3.init_cache(spec.config, S, columns, spec.backend.compute_dtype)
+    cache = qwen3.init_cache(spec.config, S, columns, spec.backend)
     zero_s, free_s = jnp.zeros(S, jnp.int32), jnp.zeros(S, bool)
     keys = jax.random.wrap_key_data(jnp.zeros((S, 2), jnp.uint32))
     return _pinned(spec, Slots(cache, zero_s, zero_s, zero_s, zero_s, free_s, keys))
@@ -137,8 +135,7 @@ def insert(spec, weights, slots, key_data, tokens_rp, length_r, row_r, limit_r, 
     """
     R, P = tokens_rp.shape
     shards = parallel.num_batch_shards(spec.mesh)
-    dtype = slots.cache.k.dtype
-    fresh = qwen3.init_cache(spec.config, R, P, dtype)
+    fresh = qwen3.init_cache(spec.config, R, P, spec.backend)
     start_r = jnp.zeros_like(length_r)
     _, fresh = qwen3.extend(spec.config, weights.params, tokens_rp, start_r, fresh, spec.backend)
 

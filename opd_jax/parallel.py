@@ -152,6 +152,11 @@ class shard_activations:  # noqa: N801 (called as the function it stands for)
         return tuple(a for a in ACTIVATION_RULES.get(name, ()) if self.mesh.shape[a] > 1)
 
 
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

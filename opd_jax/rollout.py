@@ -266,7 +266,7 @@ class Sampler:
     def cache_sizes(self, prompt_len: int) -> list[int]:
         """Columns of the cache, from the first size to the largest."""
         most = prompt_len + self.response_len
-        if self.spec.mesh.devices.flat[0].platform != "cpu":  # whole tiles
+        if parallel.platform(self.spec.mesh) != "cpu":  # whole tiles
             most = -(-most // 128) * 128
         sizes = [max(self.first_cache, prompt_len) if self.first_cache else most]
         while sizes[-1] < most:

@@ -79,6 +79,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--micro-batch-rows", type=int, default=0, help="lines; 0 = chosen by the sizes")
     p.add_argument("--micro-batch-tokens", type=int, default=0, help="tokens of a line; 0 = chosen")
     p.add_argument("--remat", default="none", help="none, dots or layer")
+    p.add_argument(
+        "--unroll", type=int, default=-1, help="most layers that are not scanned; -1 = as in a run"
+    )
     p.add_argument("--objective", default="reverse_kl", help="reverse_kl, forward_kl, jsd or paper")
     p.add_argument("--warmup", type=int, default=1, help="calls before the clock starts")
     p.add_argument("--repeats", type=int, default=5, help="timed calls; the median is reported")

@@ -66,7 +66,7 @@ def build_sampler(args, config, head_dtype, **changes) -> rollout.Sampler:
         response_len=args.new_tokens,
         mesh=mesh,
         decode_chunk=args.new_tokens,
-        backend=qwen3.Backend(compute_dtype=args.dtype, shard=parallel.shard_activations(mesh)),
+        backend=sizes.backend(args, mesh),
         head_dtype=head_dtype,
     )
     return rollout.build(config, **settings | changes)

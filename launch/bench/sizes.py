@@ -30,6 +30,15 @@ def build_mesh(args) -> Mesh:
     return parallel.build_mesh((("fsdp", -1),), jax.devices()[: args.devices or None])
 
 
+def backend(args, mesh: Mesh) -> qwen3.Backend:
+    return qwen3.Backend(
+        compute_dtype=args.dtype,
+        remat=args.remat,
+        unroll=qwen3.choose_unroll(args.unroll, parallel.platform(mesh)),
+        shard=parallel.shard_activations(mesh),
+    )
+
+
 def random_params(config: qwen3.Qwen3Config, seed: int, dtype) -> dict:
     init = jax.jit(lambda key: qwen3.init_params(config, key, dtype))
     return jax.block_until_ready(init(jax.random.key(seed)))

@@ -44,9 +44,7 @@ def build(args) -> Stages:
     mesh = sizes.build_mesh(args)
     student = sizes.model_config(args.student, args.vocab)
     teacher = sizes.model_config(args.teacher, args.vocab)
-    backend = qwen3.Backend(
-        compute_dtype=args.dtype, remat=args.remat, shard=parallel.shard_activations(mesh)
-    )
+    backend = sizes.backend(args, mesh)
     objective = objectives.build("sampled_pg" if args.objective == "paper" else args.objective)
     select = selection.build(selectors.build("full"), [b"x"] * args.vocab)
     lines, tokens = packing.default_shape(

@@ -112,14 +112,18 @@ class Pieces:
     def _weights(self) -> decode.Weights:
         """Decode weights, where `decode.prepare` puts them.
 
-        Asked of a model of one layer: the whole one may not fit, and then nothing compiles.
+        Asked of a model of one layer: the whole one may not fit, and then nothing compiles. (One
+        that is unrolled has other arrays, and few layers.)
         """
         spec, params = self.device.sampler.spec, self.state.params
-        config = dataclasses.replace(spec.config, num_layers=1)
+        config, backend = spec.config, spec.backend
+        if not qwen3.unrolls(config, backend):
+            config = dataclasses.replace(config, num_layers=1)
+            backend = dataclasses.replace(backend, unroll=0)
         shardings = jax.tree.map(lambda p: p.sharding, params)
         dtype = jax.tree.leaves(params)[0].dtype
         small = with_shardings(qwen3.param_shapes(config, dtype), shardings)
-        small_spec = dataclasses.replace(spec, config=config)
+        small_spec = dataclasses.replace(spec, config=config, backend=backend)
         places = decode.prepare.lower(small_spec, small).compile().output_shardings
         return with_shardings(decode.prepare.lower(spec, params).out_info, places)
 

@@ -264,8 +264,8 @@ def _map_tokens(function, logits_msv, *inputs_ms):
     """`function` of arrays [n, ...], the first of them logits, over all tokens of [M, s, ...].
 
     On a CPU a few tokens at a time, whose logits stay in its cache from the normaliser to the
-    gradient: with V = 151,936 a chunk of them takes 2 to 3 times as long from memory. Rows that
-    are sharded over several CPU devices, as in tests, are gathered for it.
+    gradient: both heads' reverse KL takes 0.7 of the time with V = 151,936. Rows that are sharded
+    over several CPU devices, as in tests, are gathered for it.
     """
     M, s, V = logits_msv.shape
     most = max(1, CACHED_LOGITS // V)

@@ -182,38 +182,6 @@ def cache_visibility(start_b: jax.Array, length: int, columns: int) -> tuple[jax
     return jnp.broadcast_to(old, (B, length, columns)), jnp.broadcast_to(new, (B, length, length))
 
 
-def cached_attention(q, k, v, cache_k, cache_v, visible) -> jax.Array:
-    """New tokens attend to the cache's valid columns and to each other. All but q: heads first."""
-    old, new = visible
-    pieces = [(cache_k, cache_v, old), (k, v, new)]
-    if q.shape[1] > 1:
-        return plain_attention(q, pieces)
-    return jax.lax.platform_dependent(q, pieces, cpu=_attend_one, default=plain_attention)
-
-
-def _attend_one(q_b1nh: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
-    """`plain_attention` of one query per row, for a CPU: sums of products instead of matmuls.
-
-    A matmul wants its operand in one place, so XLA copies every layer's part of the cache out of
-    the whole at each step; a sum reads it where it lies.
-    """
-    B, _, N, H = q_b1nh.shape
-    G = pieces[0][0].shape[1]
-    q_bgr1h = q_b1nh.astype(jnp.float32).reshape(B, G, N // G, 1, H) * H**-0.5
-    scores = [
-        jnp.where(visible[:, None, None, 0], jnp.sum(q_bgr1h * k[:, :, None], axis=-1), -1e30)
-        for k, _, visible in pieces
-    ]
-    top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-    weights = [jnp.exp(x - top) for x in scores]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = sum(
-        jnp.sum((w / total)[..., None] * v[:, :, None], axis=-2)
-        for w, (_, v, _) in zip(weights, pieces, strict=True)
-    )
-    return out.reshape(B, 1, N, H).astype(q_b1nh.dtype)
-
-
 def write_columns(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Array:
     """cache[:, b, :, start_b[b] + l] = new[:, b, :, l]; columns beyond the last are dropped.
 

@@ -42,6 +42,7 @@ class Backend:
     attention: str = "xla"  # "splash": Pallas on TPU, "cudnn": GPU; decoding is always plain
     remat: str = "none"  # "layer": keep layer inputs only; "dots": also keep matmul outputs
     compute_dtype: Any = jnp.float32
+    unroll: int = 0  # models of at most so many layers are not scanned, see `qwen3.choose_unroll`
     shard: Any = Whole()  # see Whole; `parallel.shard_activations(mesh)` where there is a mesh
     interpret: bool = False  # True: the attention kernel's semantics without its hardware, slowly
 

@@ -2,7 +2,7 @@
 """Qwen3, dense and mixture of experts: pure functions of (config, params), Flax NNX modules inside.
 
 params is a nested dict; layers are stacked on axis 0 and scanned, so compile time does not grow
-with depth:
+with depth (a model of few layers may have them one after the other, see `Backend.unroll`):
 
   embed                          [V, D]
   layers/input_norm              [layers, D]
@@ -126,6 +126,34 @@ def head_vd(config: Qwen3Config, params: Params) -> jax.Array:
 
 # ---- the function ----
 
+UNROLL_ON_CPU = 8  # layers; compile time grows with them
+
+
+def choose_unroll(asked: int, platform: str) -> int:
+    """`Backend.unroll`: what is asked, or, where that is -1, what suits the platform.
+
+    A scan takes every layer's weights, and its part of the cache, out of a stack. A CPU copies them
+    for that, at each token: with arrays of their own a token step of four layers takes half as
+    long. On accelerators that has not been measured, and compile time counts.
+    """
+    return asked if asked >= 0 else UNROLL_ON_CPU if platform == "cpu" else 0
+
+
+def unrolls(config: Qwen3Config, backend: Backend) -> bool:
+    """True = the layers stand one after the other in the program, False = they are scanned."""
+    return config.num_layers <= backend.unroll
+
+
+def for_decoding(config: Qwen3Config, params: Params, backend: Backend) -> Params:
+    """`params` as `extend` reads them fastest: an unrolled model's layers each on their own.
+
+    "layers" is then a tuple of trees without the layers axis.
+    """
+    if not unrolls(config, backend):
+        return params
+    layers = [_run_params(config, params["layers"], i, 1) for i in range(config.num_layers)]
+    return params | dict(layers=tuple(jax.tree.map(lambda x: x[0], layer) for layer in layers))
+
 
 def _runs(config: Qwen3Config) -> list[tuple[bool, int, int]]:
     """(sparse, first layer, number of layers) of each run of equal layers: one scan each."""
@@ -151,13 +179,13 @@ def _run_params(config: Qwen3Config, layers: Params, start: int, size: int) -> P
     }
 
 
-def _remat(body, backend: Backend):
+def _remat(body, backend: Backend, unrolled: bool):
     if backend.remat == "none":
         return body
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if backend.remat == "dots" else None
-    # The scan already keeps the forward and the backward pass apart.
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    # A scan already keeps the forward and the backward pass apart.
+    return jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
 
 
 def trunk(
@@ -186,7 +214,8 @@ def trunk(
             return x, None
 
         stacked = _run_params(config, params["layers"], start, size)
-        x, _ = jax.lax.scan(_remat(body, backend), x, stacked)
+        flat = unrolls(config, backend)
+        x, _ = jax.lax.scan(_remat(body, backend, flat), x, stacked, unroll=flat)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
@@ -197,22 +226,32 @@ def _embed(params: Params, tokens_bl: jax.Array, backend: Backend) -> jax.Array:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of every layer. Column c of a row holds the token at absolute position c."""
+    """Keys and values of every layer. Column c of a row holds the token at absolute position c.
 
-    k: jax.Array  # [layers, B, G, C, H]: heads before columns, so that no step transposes it
-    v: jax.Array  # [layers, B, G, C, H]
+    Parts [layers, B, G, C, H], heads before columns, so that no step transposes it: one part of all
+    layers, or, of an unrolled model, one of each layer.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
 
     @property
     def num_columns(self) -> int:
-        return self.k.shape[3]
+        return self.k[0].shape[3]
 
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, "head_dim")
 
 
-def init_cache(config: Qwen3Config, batch: int, length: int, dtype=jnp.float32) -> Cache:
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+def init_cache(config: Qwen3Config, batch: int, length: int, backend: Backend = PLAIN) -> Cache:
+    num_parts = config.num_layers if unrolls(config, backend) else 1
+    layers = config.num_layers // num_parts
+    shape = (layers, batch, config.num_kv_heads, length, config.head_dim)
+
+    def parts():
+        return tuple(jnp.zeros(shape, backend.compute_dtype) for _ in range(num_parts))
+
+    return Cache(k=parts(), v=parts())
 
 
 def extend(
@@ -230,8 +269,11 @@ def extend(
     beyond the last column are dropped. To prefill, use a cache of the prompt's length and copy it:
     all columns are read, whether or not they hold something.
 
-    The cache is only read inside the scan over layers and written once after it: in a loop that
-    carries it XLA updates it in place, never copying it per token.
+    In a loop that carries the cache XLA updates it in place, never copying it per token: see the
+    two forms below.
+
+    Args:
+      params: of `for_decoding`, with the backend that the cache was made with.
 
     Returns:
       hidden_bld: compute dtype, after the final norm.
@@ -239,8 +281,41 @@ def extend(
     """
     positions_bl = start_b[:, None] + jnp.arange(tokens_bl.shape[1], dtype=start_b.dtype)[None]
     rope = rope_table(config, positions_bl)
-    visible = attn.cache_visibility(start_b, tokens_bl.shape[1], cache.num_columns)
     x = _embed(params, tokens_bl, backend)
+    form = _extend_unrolled if unrolls(config, backend) else _extend_scanned
+    x, cache = form(config, params["layers"], x, rope, positions_bl, cache, backend)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+
+
+def _write(part: jax.Array, new: jax.Array, start_b: jax.Array, backend: Backend) -> jax.Array:
+    write = backend.shard.per_device(
+        attn.write_columns, (CACHE_AXES, CACHE_AXES, ("batch",)), CACHE_AXES
+    )
+    return write(part, new, start_b)
+
+
+def _extend_unrolled(config, layers, x, rope, positions_bl, cache: Cache, backend: Backend):
+    """Each layer writes its part of the cache, then reads it: nothing needs the old one."""
+    start_b = positions_bl[:, 0]
+    visible_blc = jnp.arange(cache.num_columns)[None, None] <= positions_bl[:, :, None]
+    new_k, new_v = [], []
+    for sparse, layer, *old in zip(config.sparse_layers, layers, cache.k, cache.v, strict=True):
+
+        def attend(q, k, v, old=old):
+            k = _write(old[0], attn.heads_first(k)[None], start_b, backend)
+            v = _write(old[1], attn.heads_first(v)[None], start_b, backend)
+            new_k.append(k)
+            new_v.append(v)
+            return attn.plain_attention(q, [(k[0], v[0], visible_blc)])
+
+        x, _, _ = nnx.merge(_graph(config, sparse), layer)(x, rope, attend, backend)
+    return x, Cache(tuple(new_k), tuple(new_v))
+
+
+def _extend_scanned(config, layers, x, rope, positions_bl, cache: Cache, backend: Backend):
+    """The cache is only read inside the scan and written once after it."""
+    start_b, L = positions_bl[:, 0], positions_bl.shape[1]
+    seen_blc, causal_bll = attn.cache_visibility(start_b, L, cache.num_columns)
     new_k, new_v = [], []
     for sparse, start, size in _runs(config):
         graph = _graph(config, sparse)
@@ -250,24 +325,19 @@ def extend(
 
             def attend(q, k, v):
                 k, v = attn.heads_first(k), attn.heads_first(v)
-                return attn.cached_attention(q, k, v, k_bgch, v_bgch, visible)
+                return attn.plain_attention(q, [(k_bgch, v_bgch, seen_blc), (k, v, causal_bll)])
 
             x, k, v = nnx.merge(graph, layer_params)(x, rope, attend, backend)
             return x, (attn.heads_first(k), attn.heads_first(v))
 
-        stacked = _run_params(config, params["layers"], start, size)
+        stacked = _run_params(config, layers, start, size)
         rows = slice(start, start + size)
-        x, (k, v) = jax.lax.scan(body, x, (stacked, cache.k[rows], cache.v[rows]))
+        x, (k, v) = jax.lax.scan(body, x, (stacked, cache.k[0][rows], cache.v[0][rows]))
         new_k.append(k)
         new_v.append(v)
-    write = backend.shard.per_device(
-        attn.write_columns, (CACHE_AXES, CACHE_AXES, ("batch",)), CACHE_AXES
-    )
-    cache = Cache(
-        k=write(cache.k, jnp.concatenate(new_k), start_b),
-        v=write(cache.v, jnp.concatenate(new_v), start_b),
-    )
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+    k = _write(cache.k[0], jnp.concatenate(new_k), start_b, backend)
+    v = _write(cache.v[0], jnp.concatenate(new_v), start_b, backend)
+    return x, Cache((k,), (v,))
 
 
 def logits(

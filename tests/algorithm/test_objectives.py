@@ -134,13 +134,18 @@ def test_tokens_taken_as_the_cache_holds_them_change_nothing(kind, monkeypatch):
     )
     said = functools.partial(objectives.logprobs, num_top=3, chunk=3 * M, vocab_size=V)
 
-    def both():
+    def both(hidden):
         grads = loss(hidden, head, targets, COUNT, teacher_head)
         return grads, said(hidden, head, targets.token, targets.candidates_k, COUNT)
 
-    whole = both()
+    def num_loops():
+        fresh = jax.jit(lambda x: both(x))  # or the first program would be counted again
+        return fresh.lower(hidden).as_text().count("stablehlo.while")
+
+    whole, before = both(hidden), num_loops()
     monkeypatch.setattr(objectives, "CACHED_LOGITS", 3 * ROWS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), both(), whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), both(hidden), whole)
+    assert num_loops() == before + 2  # of the losses, and of the log-probs
 
 
 def test_no_used_slot_means_no_work_and_zeros():

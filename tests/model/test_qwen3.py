@@ -47,7 +47,8 @@ def trunk(config, params, tokens, positions, segments, backend):
     )
 
 
-extend = jax.jit(qwen3.extend, static_argnums=0)
+extend = jax.jit(qwen3.extend, static_argnums=(0, 5))
+UNROLLED = Backend(unroll=8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,44 +57,51 @@ def log_probs(config, params, hidden):
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
-def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config):
+@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backend):
     params = sharp_params(config)
     full = jax.nn.log_softmax(qwen3.logits(config, params, TOKENS))
+    own = qwen3.for_decoding(config, params, backend)
     B, L = TOKENS.shape
     for sizes in ([L], [5, 4, 3], [4] + [1] * (L - 4)):
         # Garbage where nothing was written yet: columns from start_b on must not be read.
-        cache = jax.tree.map(lambda x: x + 1e3, qwen3.init_cache(config, B, 16))
+        cache = qwen3.init_cache(config, B, 16, backend)
+        cache = jax.tree.map(lambda x: x + 1e3, cache)
         parts, first = [], 0
         for size in sizes:
             tokens = TOKENS[:, first : first + size]
             start_b = jnp.full(B, first, jnp.int32)
-            hidden, cache = extend(config, params, tokens, start_b, cache)
+            hidden, cache = extend(config, own, tokens, start_b, cache, backend)
             parts.append(log_probs(config, params, hidden))
             first += size
         np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=1e-5)
 
 
-def test_rows_of_different_length_decode_together():
+@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+def test_rows_of_different_length_decode_together(backend):
     """Row 0 is four tokens ahead of row 1, as in a batch of prompts of different length."""
     params = sharp_params(DENSE)
+    own = qwen3.for_decoding(DENSE, params, backend)
     full = jax.nn.log_softmax(qwen3.logits(DENSE, params, TOKENS))
     prompt = np.where(np.arange(8)[None] < np.array([[8], [4]]), TOKENS[:, :8], 0)
-    _, cache = extend(
-        DENSE, params, prompt, jnp.zeros(2, jnp.int32), qwen3.init_cache(DENSE, 2, 12)
-    )
+    cache = qwen3.init_cache(DENSE, 2, 12, backend)
+    _, cache = extend(DENSE, own, prompt, jnp.zeros(2, jnp.int32), cache, backend)
     for start in ([8, 4], [9, 5]):
         tokens = TOKENS[[0, 1], start][:, None]
-        hidden, cache = extend(DENSE, params, tokens, jnp.array(start, jnp.int32), cache)
+        hidden, cache = extend(DENSE, own, tokens, jnp.array(start, jnp.int32), cache, backend)
         ours = log_probs(DENSE, params, hidden)[:, 0]
         np.testing.assert_allclose(ours, full[jnp.arange(2), jnp.array(start)], atol=1e-5)
 
 
-def test_writes_beyond_the_cache_are_dropped():
+@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+def test_writes_beyond_the_cache_are_dropped(backend):
     """A finished row may keep stepping: it must not overwrite its neighbours' columns."""
     params = sharp_params(DENSE)
-    cache = qwen3.init_cache(DENSE, 2, 4)
-    _, after = extend(DENSE, params, TOKENS[:, :1], jnp.array([4, 1], jnp.int32), cache)
-    assert not np.any(after.k[:, 0]) and np.any(after.k[:, 1, :, 1])
+    cache = qwen3.init_cache(DENSE, 2, 4, backend)
+    own = qwen3.for_decoding(DENSE, params, backend)
+    _, after = extend(DENSE, own, TOKENS[:, :1], jnp.array([4, 1], jnp.int32), cache, backend)
+    for k in after.k:
+        assert not np.any(k[:, 0]) and np.any(k[:, 1, :, 1])
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
@@ -145,8 +153,12 @@ def test_no_token_sees_a_later_one_or_another_segment():
         np.testing.assert_array_equal(seen, same & (np.arange(12) <= query))
 
 
-@pytest.mark.parametrize("remat", ["layer", "dots"])
-def test_rematerialisation_changes_no_gradient(remat):
+@pytest.mark.parametrize(
+    "changes",
+    [dict(remat="layer"), dict(remat="dots"), dict(unroll=3), dict(unroll=3, remat="layer")],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_rematerialisation_and_unrolling_change_no_gradient(changes):
     params = sharp_params(SPARSE)
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
 
@@ -155,7 +167,7 @@ def test_rematerialisation_changes_no_gradient(remat):
         return jnp.sum(jnp.sin(hidden))
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, again = grad(params, Backend()), grad(params, Backend(remat=remat))
+    plain, again = grad(params, Backend()), grad(params, Backend(**changes))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, again)
 
 
@@ -191,17 +203,19 @@ def test_program_does_not_grow_with_depth(config):
     assert size(36) == size(4)
 
 
-def test_decoding_never_copies_the_cache():
+@pytest.mark.parametrize("backend", [Backend(), Backend(unroll=16)], ids=["scanned", "unrolled"])
+def test_decoding_never_copies_the_cache(backend):
     """In a loop that carries it, temporaries stay below one copy of the cache."""
     config = dataclasses.replace(DENSE, num_layers=16)
     shapes = qwen3.param_shapes(config)
-    cache = jax.eval_shape(lambda: qwen3.init_cache(config, 8, 256))
+    shapes = jax.eval_shape(lambda params: qwen3.for_decoding(config, params, backend), shapes)
+    cache = jax.eval_shape(lambda: qwen3.init_cache(config, 8, 256, backend))
 
     def decode(params, token_b, cache):
         def step(i, state):
             token_b, cache = state
             start_b = jnp.full(8, i, jnp.int32)
-            hidden, cache = qwen3.extend(config, params, token_b[:, None], start_b, cache)
+            hidden, cache = qwen3.extend(config, params, token_b[:, None], start_b, cache, backend)
             return log_probs(config, params, hidden[:, 0]).argmax(-1).astype(jnp.int32), cache
 
         return jax.lax.fori_loop(0, 200, step, (token_b, cache))
@@ -211,7 +225,8 @@ def test_decoding_never_copies_the_cache():
     memory = compiled.memory_analysis()
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 2, memory
+    print(memory.temp_size_in_bytes / cache_bytes)
+    assert memory.temp_size_in_bytes < cache_bytes / 8, memory
 
 
 def test_axes_match_shapes():
