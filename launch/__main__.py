@@ -28,9 +28,9 @@ def main(argv: list[str]) -> None:
     from opd_jax import checkpoint, preemption, train  # after initialize: they touch JAX
 
     checkpoint.quiet_orbax()
-    status = 0
     try:
         train.run(CONFIG.value, WORKDIR.value)
+        status = 0
     except preemption.Preempted:
         print(
             f"preempted: checkpointed under {WORKDIR.value}; the same command goes on from there",
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
         status = preemption.EXIT_PREEMPTED
     except (ValueError, FloatingPointError, OSError) as error:
         launcher.fail(f"ERROR: {_advised(error)}")
-    preemption.ignore()
+    finally:
+        preemption.ignore()
     sys.exit(status)
 
 

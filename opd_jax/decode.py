@@ -92,7 +92,7 @@ def prepare(spec: Spec, params: Any) -> Weights:
     if spec.head_is_dv:
         head, axes = head.T, axes[::-1]
     weights = Weights(jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params), head)
-    if mesh.size > 1:  # on one device, what needs no cast stays where it is
+    if mesh.size > 1:  # on one device, what needs no cast and is not unrolled stays where it is
         places = Weights(decode(qwen3.param_axes(config)), decode(axes))
         weights = jax.lax.with_sharding_constraint(weights, places)
     return weights.replace(params=qwen3.for_decoding(config, weights.params, spec.backend))

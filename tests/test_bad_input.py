@@ -281,6 +281,7 @@ ROWS = [
         "--config.pack.micro_batch_rows=4,",
         lambda: parallel.check_rows(2, "pack.micro_batch_rows", mesh_of(data=2, fsdp=2)),
     ),
+    Row("unroll=-2", "--config.model.unroll=-1.", lambda: qwen3.choose_unroll(-2, "cpu")),
     *knobs(prompts, "data", (dict(host_count=3, batch_size=4), "batch_size=3")),
     # Data, evaluation, models and checkpoints.
     Row("the data set is empty", "--config.data.source", lambda: prompts(source=())),

@@ -199,8 +199,12 @@ def test_other_temperature_is_in_the_log_probability(one_device_mesh, params, pr
     assert_says_what_the_full_pass_says(params, out)
 
 
-def test_a_cache_that_grows_gives_the_same_rollout(one_device_mesh, params, prompts, sampled):
-    sampler = build(one_device_mesh, first_cache=7, decode_chunk=4)
+@pytest.mark.parametrize("unroll", [0, 8])
+def test_a_cache_that_grows_gives_the_same_rollout(
+    one_device_mesh, params, prompts, sampled, unroll
+):
+    backend = dataclasses.replace(BACKEND, unroll=unroll)
+    sampler = build(one_device_mesh, first_cache=7, decode_chunk=4, backend=backend)
     assert_same_rollout(sampler(params, prompts, jax.random.key(1)), sampled[0])
 
 
@@ -282,10 +286,11 @@ def test_every_feed_seats_its_own_rows_once():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unroll", [0, 8])
 @pytest.mark.parametrize("sizes", [(("fsdp", 8),), (("data", 2), ("fsdp", 2), ("tensor", 2))])
-def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes):
+def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes, unroll):
     mesh = parallel.build_mesh(sizes)
-    backend = qwen3.Backend(shard=parallel.shard_activations(mesh))
+    backend = qwen3.Backend(shard=parallel.shard_activations(mesh), unroll=unroll)
     shardings = parallel.shardings(qwen3.param_axes(CONFIG), mesh)
     sampler = build(mesh, num_slots=8, backend=backend)
     big = jax.tree.map(lambda x: np.concatenate([x, x, x]), prompts)

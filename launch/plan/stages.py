@@ -43,7 +43,8 @@ class Piece:
     def trips(self, op_name: str) -> float:
         """Assumed trips of a loop whose length is data: the head's, or, inside a layer, the pieces
         of a mixture's assignments, one when experts are evenly loaded."""
-        return 1.0 if "while/body" in op_name else self.head_trips
+        in_layer = "while/body" in op_name or "closed_call" in op_name  # scanned, or unrolled
+        return 1.0 if in_layer else self.head_trips
 
 
 class Pieces:

@@ -47,7 +47,7 @@ Params = dict[str, Any]
 
 @functools.lru_cache
 def _graph(config: Qwen3Config, sparse: bool) -> nnx.GraphDef:
-    """The layer's static half; merged with one layer's slice of params inside the scan."""
+    """The layer's static half; merged with one layer's slice of params."""
     layer = nnx.eval_shape(lambda: Layer(config, sparse, jnp.float32, rngs=nnx.Rngs(0)))
     return nnx.split(layer)[0]
 
@@ -134,8 +134,13 @@ def choose_unroll(asked: int, platform: str) -> int:
 
     A scan takes every layer's weights, and its part of the cache, out of a stack. A CPU copies them
     for that, at each token: with arrays of their own a token step of four layers takes half as
-    long. On accelerators that has not been measured, and compile time counts.
+    long, the head aside. On accelerators that has not been measured, and compile time counts.
     """
+    if asked < -1:
+        raise ValueError(
+            f"unroll={asked} must be a number of layers (0: all are scanned) or -1, chosen by "
+            "the platform. Set --config.model.unroll=-1."
+        )
     return asked if asked >= 0 else UNROLL_ON_CPU if platform == "cpu" else 0
 
 
@@ -266,8 +271,9 @@ def extend(
 
     Row b's tokens take positions and columns start_b .. start_b + L - 1 and attend to the columns
     before start_b and to each other, causally. Columns from start_b on may hold anything. Writes
-    beyond the last column are dropped. To prefill, use a cache of the prompt's length and copy it:
-    all columns are read, whether or not they hold something.
+    beyond the last column are dropped, and what such a token gives has no meaning. To prefill, use
+    a cache of the prompt's length and copy it: all columns are read, whether or not they hold
+    something.
 
     In a loop that carries the cache XLA updates it in place, never copying it per token: see the
     two forms below.
@@ -306,7 +312,7 @@ def _extend_unrolled(config, layers, x, rope, positions_bl, cache: Cache, backen
             v = _write(old[1], attn.heads_first(v)[None], start_b, backend)
             new_k.append(k)
             new_v.append(v)
-            return attn.plain_attention(q, [(k[0], v[0], visible_blc)])
+            return attn.cached_attention(q, [(k[0], v[0], visible_blc)])
 
         x, _, _ = nnx.merge(_graph(config, sparse), layer)(x, rope, attend, backend)
     return x, Cache(tuple(new_k), tuple(new_v))
@@ -325,7 +331,7 @@ def _extend_scanned(config, layers, x, rope, positions_bl, cache: Cache, backend
 
             def attend(q, k, v):
                 k, v = attn.heads_first(k), attn.heads_first(v)
-                return attn.plain_attention(q, [(k_bgch, v_bgch, seen_blc), (k, v, causal_bll)])
+                return attn.scanned_attention(q, [(k_bgch, v_bgch, seen_blc), (k, v, causal_bll)])
 
             x, k, v = nnx.merge(graph, layer_params)(x, rope, attend, backend)
             return x, (attn.heads_first(k), attn.heads_first(v))

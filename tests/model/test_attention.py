@@ -57,6 +57,16 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), both(), whole)
 
 
+def test_one_query_by_sums_of_products_is_the_plain_form():
+    """What a CPU decodes with where the layers are scanned. Row 0 sees nothing of the cache."""
+    (q, k, v), _, _ = inputs()
+    k, v = attention.heads_first(k), attention.heads_first(v)
+    old, new = attention.cache_visibility(jnp.array([0, 17]), 1, L - 1)
+    pieces = [(k[:, :, 1:], v[:, :, 1:], old), (k[:, :, :1], v[:, :, :1], new)]
+    plain = attention.plain_attention(q[:, :1], pieces)
+    np.testing.assert_allclose(attention._attend_one(q[:, :1], pieces), plain, atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_kernel_equals_the_plain_form(kernel):
     args, segments, _ = inputs()

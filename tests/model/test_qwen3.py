@@ -49,6 +49,7 @@ def trunk(config, params, tokens, positions, segments, backend):
 
 extend = jax.jit(qwen3.extend, static_argnums=(0, 5))
 UNROLLED = Backend(unroll=8)
+FORMS = pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,7 +58,7 @@ def log_probs(config, params, hidden):
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+@FORMS
 def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backend):
     params = sharp_params(config)
     full = jax.nn.log_softmax(qwen3.logits(config, params, TOKENS))
@@ -77,7 +78,7 @@ def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backen
         np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+@FORMS
 def test_rows_of_different_length_decode_together(backend):
     """Row 0 is four tokens ahead of row 1, as in a batch of prompts of different length."""
     params = sharp_params(DENSE)
@@ -93,7 +94,25 @@ def test_rows_of_different_length_decode_together(backend):
         np.testing.assert_allclose(ours, full[jnp.arange(2), jnp.array(start)], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [Backend(), UNROLLED], ids=["scanned", "unrolled"])
+@FORMS
+def test_bf16_decoding_stays_close_and_keeps_its_dtype(backend):
+    """Prefill, then one token: on a CPU XLA has no batched products of bf16."""
+    backend = dataclasses.replace(backend, compute_dtype=jnp.bfloat16)
+    params = sharp_params(DENSE)
+    full = qwen3.logits(DENSE, params, TOKENS)
+    own = qwen3.for_decoding(DENSE, jax.tree.map(jnp.bfloat16, params), backend)
+    cache = qwen3.init_cache(DENSE, 2, 48, backend)
+    parts = []
+    for tokens, start in ((TOKENS[:, :11], 0), (TOKENS[:, 11:], 11)):
+        start_b = jnp.full(2, start, jnp.int32)
+        hidden, cache = extend(DENSE, own, tokens, start_b, cache, backend)
+        assert hidden.dtype == cache.k[0].dtype == jnp.bfloat16
+        parts.append(log_probs(DENSE, own, hidden))
+    error = np.abs(np.concatenate(parts, 1) - jax.nn.log_softmax(full))
+    assert error.mean() < 0.1, error.mean()
+
+
+@FORMS
 def test_writes_beyond_the_cache_are_dropped(backend):
     """A finished row may keep stepping: it must not overwrite its neighbours' columns."""
     params = sharp_params(DENSE)
@@ -225,7 +244,6 @@ def test_decoding_never_copies_the_cache(backend):
     memory = compiled.memory_analysis()
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
-    print(memory.temp_size_in_bytes / cache_bytes)
     assert memory.temp_size_in_bytes < cache_bytes / 8, memory
 
 
