@@ -153,7 +153,7 @@ class shard_activations:  # noqa: N801 (called as the function it stands for)
 
 
 def platform(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """What its devices are: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 

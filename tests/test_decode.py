@@ -3,12 +3,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from opd_jax import decode, rollout
 from opd_jax.model import qwen3
 
 
-def test_the_cache_is_updated_in_place(one_device_mesh):
+@pytest.mark.parametrize("unroll", [0, 8])
+def test_the_cache_is_updated_in_place(one_device_mesh, unroll):
     config = qwen3.Qwen3Config(
         vocab_size=150,
         hidden_size=32,
@@ -19,7 +21,14 @@ def test_the_cache_is_updated_in_place(one_device_mesh):
         head_dim=8,
     )
     params = qwen3.init_params(config, jax.random.key(0))
-    sampler = rollout.build(config, eos_ids=(1,), pad_id=0, response_len=8, mesh=one_device_mesh)
+    sampler = rollout.build(
+        config,
+        eos_ids=(1,),
+        pad_id=0,
+        response_len=8,
+        mesh=one_device_mesh,
+        backend=qwen3.Backend(unroll=unroll),
+    )
     weights = decode.prepare(sampler.spec, params)
     slots = decode.init(sampler.spec, 4, 4096)
     compiled = decode.decode.lower(sampler.spec, weights, slots, jnp.int32(9)).compile()

@@ -17,7 +17,7 @@ of a two-core cloud CPU, milliseconds; a plain head takes 18.7, sampling as it i
             the head, the cache still copied, as it was read before it was written; written first,
             2.0 (kept: `Backend.unroll`). Keys stored [H, C] would make it 1.7
   query     sums of products in place of the two products of attention: 0.87 of the time where the
-            cache is scanned (kept there), no different where each layer has its own
+            cache is scanned (kept there), 1.05 to 1.1 where each layer has its own
 
 And for the update (8 rows of 128 tokens, both heads; seconds unless it says otherwise):
 

@@ -184,13 +184,13 @@ def _run_params(config: Qwen3Config, layers: Params, start: int, size: int) -> P
     }
 
 
-def _remat(body, backend: Backend, unrolled: bool):
+def _remat(config: Qwen3Config, backend: Backend, body):
     if backend.remat == "none":
         return body
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if backend.remat == "dots" else None
     # A scan already keeps the forward and the backward pass apart.
-    return jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
+    return jax.checkpoint(body, policy=policy, prevent_cse=unrolls(config, backend))
 
 
 def trunk(
@@ -211,6 +211,7 @@ def trunk(
     rope = rope_table(config, positions_bl)
     attend = attn.build_self_attention(segment_ids_bl, config.head_dim, backend)
     x = _embed(params, tokens_bl, backend)
+    unrolled = unrolls(config, backend)
     for sparse, start, size in _runs(config):
         graph = _graph(config, sparse)
 
@@ -219,8 +220,7 @@ def trunk(
             return x, None
 
         stacked = _run_params(config, params["layers"], start, size)
-        flat = unrolls(config, backend)
-        x, _ = jax.lax.scan(_remat(body, backend, flat), x, stacked, unroll=flat)
+        x, _ = jax.lax.scan(_remat(config, backend, body), x, stacked, unroll=unrolled)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 

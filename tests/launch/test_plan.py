@@ -316,6 +316,20 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     assert not grown
 
 
+@pytest.mark.parametrize(
+    "op_name, trips",
+    [
+        ("jit(accumulate)/while", 3.0),
+        ("jit(accumulate)/jvp()/while/body/closed_call/shard_map/cond/branch_0_fun/while", 1.0),
+        ("jit(accumulate)/jvp()/closed_call/shard_map/cond/branch_0_fun/while", 1.0),
+    ],
+    ids=["head", "scanned mixture", "unrolled mixture"],
+)
+def test_only_the_heads_loop_makes_the_heads_trips(op_name, trips):
+    """As JAX names them; a mixture's pieces are counted once, being inside a layer."""
+    assert stages.Piece("update", 1, lambda: None, 0.0, head_trips=3.0).trips(op_name) == trips
+
+
 @pytest.mark.slow
 def test_arguments_take_as_much_on_eight_cpu_devices_as_the_plan_says(tmp_path):
     """Must-show 4. Comparable: what a stage is given and keeps, which shapes and shardings decide.
