@@ -123,7 +123,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
     owner.check_num_steps(num_steps, start.step, workdir)
     keep_through = start.step - (start.row is not None)
-    teacher_params = teacher.load(mesh)
+    teacher_params = teacher.load_frozen(mesh, device.score.backend)
     reads_states = "teacher_hidden_btd" in loss.needs
     return job.Job(
         workdir=workdir,
@@ -142,7 +142,9 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         learning_rate=device.learning_rate,
         teacher_params=teacher_params,
         teacher_head_vd=qwen3.head_vd(teacher.config, teacher_params) if reads_states else None,
-        reference_params=reference.load(mesh) if reference.config else None,
+        reference_params=(
+            reference.load_frozen(mesh, device.score.backend) if reference.config else None
+        ),
         tokenizer=tokenizer,
         verifier=verifier,
         evaluator=evaluator,
@@ -276,6 +278,10 @@ class Source:
         """Parameters, each device's own part."""
         places = parallel.shardings(qwen3.param_axes(self.config), mesh)
         return hf.load(self.directory, dtype=self.param_dtype, shardings=places)[1]
+
+    def load_frozen(self, mesh, backend):
+        """The same of a model that is only read."""
+        return qwen3.with_own_layers(self.config, self.load(mesh), backend)
 
 
 # --- parts of the config ---

@@ -42,7 +42,7 @@ class Spec:
 class Weights:
     """The student as decoding wants it."""
 
-    params: Any  # compute dtype, decode sharding, of `qwen3.for_decoding`
+    params: Any  # compute dtype, decode sharding, of `qwen3.with_own_layers`
     head: jax.Array  # head dtype, [V, D], or [D, V] where `Spec.head_is_dv`
 
 
@@ -91,11 +91,13 @@ def prepare(spec: Spec, params: Any) -> Weights:
     axes = ("vocab", "embed")
     if spec.head_is_dv:
         head, axes = head.T, axes[::-1]
-    weights = Weights(jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params), head)
+    params = jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params)
+    weights = Weights(qwen3.with_own_layers(config, params, spec.backend), head)
     if mesh.size > 1:  # on one device, what needs no cast and is not unrolled stays where it is
-        places = Weights(decode(qwen3.param_axes(config)), decode(axes))
+        own_layers = qwen3.unrolls(config, spec.backend)
+        places = Weights(decode(qwen3.param_axes(config, own_layers=own_layers)), decode(axes))
         weights = jax.lax.with_sharding_constraint(weights, places)
-    return weights.replace(params=qwen3.for_decoding(config, weights.params, spec.backend))
+    return weights
 
 
 def _pinned(spec: Spec, slots: Slots) -> Slots:

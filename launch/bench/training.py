@@ -89,6 +89,13 @@ def update_flops(stages: Stages, tokens_b) -> float:
     return total
 
 
+def _teacher_params(stages: Stages) -> dict:
+    """As a run keeps them."""
+    args = stages.args
+    params = sizes.random_params(stages.teacher, args.seed + 1, args.dtype)
+    return qwen3.with_own_layers(stages.teacher, params, stages.score.backend)
+
+
 # --- update and crop ---
 
 
@@ -183,7 +190,7 @@ def crop_case(args) -> Report:
 def score_case(args) -> Report:
     """The teacher pass over prompts and whole responses."""
     stages = build(args)
-    params = sizes.random_params(stages.teacher, args.seed + 1, args.dtype)
+    params = _teacher_params(stages)
     sampled = sizes.random_rollout(
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
     )
@@ -220,7 +227,7 @@ def score_flops(stages: Stages) -> float:
 def step_case(args) -> Report:
     """A whole step, everything supervised: seconds of every stage, floor, peak memory."""
     stages = build(args)
-    teacher = sizes.random_params(stages.teacher, args.seed + 1, args.dtype)
+    teacher = _teacher_params(stages)
     params = sizes.random_params(stages.student, args.seed, args.dtype)
     state = stages.update.init(params)
     del params

@@ -52,28 +52,34 @@ def plain_attention(q_blnh: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
 
 
 def _attend_block(q_blnh: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
-    """Scores and softmax are float32: bf16 weights of a long row do not sum to 1."""
+    """Scores and softmax are float32: bf16 weights of a long row do not sum to 1.
+
+    The R heads that share a key stand under each other, rows Q = R * L of one matrix product per
+    key head: written with five axes, the products are transposed and copied on a CPU.
+    """
     B, L, N, H = q_blnh.shape
     G = pieces[0][0].shape[1]
-    dtype = q_blnh.dtype
-    q_blgrh = q_blnh.reshape(B, L, G, N // G, H)
+    R, dtype = N // G, q_blnh.dtype
+    q_bgqh = q_blnh.reshape(B, L, G, R, H).transpose(0, 2, 3, 1, 4).reshape(B, G, R * L, H)
     scores = []
     for k, _, visible in pieces:
         score = jnp.einsum(
-            "blgrh,bgch->bgrlc", q_blgrh, k.astype(dtype), preferred_element_type=jnp.float32
-        )
+            "bgqh,bgch->bgqc", q_bgqh, k.astype(dtype), preferred_element_type=jnp.float32
+        ).reshape(B, G, R, L, -1)
         # Finite, so that a row that sees nothing in one piece makes no NaN; exp of it is exactly 0.
         scores.append(jnp.where(visible[:, None, None], score * H**-0.5, -1e30))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(dtype)
-    out = jnp.zeros((B, L, G, N // G, H), jnp.float32)
+    weights_bgqc = weights.reshape(B, G, R * L, -1)
+    out_bgqh = jnp.zeros((B, G, R * L, H), jnp.float32)
     first = 0
     for k, v, _ in pieces:
-        part = weights[..., first : first + k.shape[2]]
-        out += jnp.einsum(
-            "bgrlc,bgch->blgrh", part, v.astype(dtype), preferred_element_type=jnp.float32
+        part = weights_bgqc[..., first : first + k.shape[2]]
+        out_bgqh += jnp.einsum(
+            "bgqc,bgch->bgqh", part, v.astype(dtype), preferred_element_type=jnp.float32
         )
         first += k.shape[2]
-    return out.reshape(B, L, N, H).astype(dtype)
+    out_blgrh = out_bgqh.reshape(B, G, R, L, H).transpose(0, 3, 1, 2, 4)
+    return out_blgrh.reshape(B, L, N, H).astype(dtype)
 
 
 def heads_first(x_blgh: jax.Array) -> jax.Array:

@@ -75,14 +75,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_table(config: Qwen3Config, positions_bl: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos, sin: float32[B, L, H / 2].
+    """cos and signed sin of every head component, float32[B, L, H]: what `rotate` multiplies with.
 
     Angles are float32: bf16 rounds position 257 to 256, and a wrong position is a wrong model.
     """
-    frequency_h = rope_frequencies(config)
-    angle_blh = positions_bl.astype(jnp.float32)[..., None] * frequency_h[None, None]
+    angle_blh = positions_bl.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
     scale = config.rope_scaling.scale if config.rope_scaling else 1.0
-    return jnp.cos(angle_blh) * scale, jnp.sin(angle_blh) * scale
+    cos, sin = jnp.cos(angle_blh) * scale, jnp.sin(angle_blh) * scale
+    table = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    # Made once: a CPU would compute the cosines again inside each rotation of each layer.
+    return jax.lax.optimization_barrier(table)
 
 
 def rope_frequencies(config: Qwen3Config) -> jax.Array:
@@ -110,12 +112,11 @@ def rope_frequencies(config: Qwen3Config) -> jax.Array:
     return frequency * (1.0 - stretched) + frequency / yarn.factor * stretched
 
 
-def rotate(x_blnh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x_blnh: jax.Array, cos_blh: jax.Array, sin_blh: jax.Array) -> jax.Array:
     """Turns pairs (i, i + H / 2) of each head; float32 inside, x's dtype outside."""
-    first, second = jnp.split(x_blnh.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_blnh.dtype)
+    x32 = x_blnh.astype(jnp.float32)
+    other = jnp.roll(x32, x32.shape[-1] // 2, axis=-1)
+    return (x32 * cos_blh[:, :, None] + other * sin_blh[:, :, None]).astype(x_blnh.dtype)
 
 
 class Attention(nnx.Module):

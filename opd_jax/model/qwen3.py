@@ -95,17 +95,32 @@ def param_shapes(config: Qwen3Config, dtype=jnp.float32) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
 
-def param_axes(config: Qwen3Config) -> Params:
-    """The tree of `init_params` with a tuple of axis names per array; None = never divided."""
-    layers: Params = {}
-    for sparse in set(config.sparse_layers):
-        layer = nnx.eval_shape(lambda s=sparse: Layer(config, s, jnp.float32, rngs=nnx.Rngs(0)))
-        flat = {path: p.get_metadata("axes") for path, p in nnx.to_flat_state(nnx.state(layer))}
-        layers |= traverse_util.unflatten_dict({k: ("layers", *v) for k, v in flat.items()})
+def param_axes(config: Qwen3Config, *, own_layers: bool = False) -> Params:
+    """The tree of `init_params` with a tuple of axis names per array; None = never divided.
+
+    Args:
+      own_layers: True = the tree of `with_own_layers` instead.
+    """
+    if own_layers:
+        layers = [_layer_axes(config, sparse) for sparse in config.sparse_layers]
+    else:
+        layers = {}
+        for sparse in set(config.sparse_layers):
+            layers |= jax.tree.map(
+                lambda names: ("layers", *names),
+                _layer_axes(config, sparse),
+                is_leaf=lambda x: isinstance(x, tuple),
+            )
     axes = dict(embed=("vocab", "embed"), layers=layers, final_norm=("embed",))
     if not config.tie_embeddings:
         axes["head"] = ("vocab", "embed")
     return axes
+
+
+def _layer_axes(config: Qwen3Config, sparse: bool) -> Params:
+    layer = nnx.eval_shape(lambda: Layer(config, sparse, jnp.float32, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(layer))
+    return traverse_util.unflatten_dict({path: p.get_metadata("axes") for path, p in flat})
 
 
 def num_params(config: Qwen3Config) -> int:
@@ -149,15 +164,19 @@ def unrolls(config: Qwen3Config, backend: Backend) -> bool:
     return config.num_layers <= backend.unroll
 
 
-def for_decoding(config: Qwen3Config, params: Params, backend: Backend) -> Params:
-    """`params` as `extend` reads them fastest: an unrolled model's layers each on their own.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def with_own_layers(config: Qwen3Config, params: Params, backend: Backend) -> Params:
+    """`params` as inference reads them fastest: an unrolled model's layers each on their own.
 
-    "layers" is then a tuple of trees without the layers axis.
+    "layers" is then a list of trees without the layers axis, so that no pass has to take them out
+    of the stacks. Another model's params come back as they are, and so do those that went through
+    here before.
     """
-    if not unrolls(config, backend):
+    stacked = params["layers"]
+    if not unrolls(config, backend) or isinstance(stacked, list):
         return params
-    layers = [_run_params(config, params["layers"], i, 1) for i in range(config.num_layers)]
-    return params | dict(layers=tuple(jax.tree.map(lambda x: x[0], layer) for layer in layers))
+    layers = [_run_params(config, stacked, i, 1) for i in range(config.num_layers)]
+    return params | dict(layers=[jax.tree.map(lambda x: x[0], layer) for layer in layers])
 
 
 def _runs(config: Qwen3Config) -> list[tuple[bool, int, int]]:
@@ -204,14 +223,14 @@ def trunk(
     """Hidden states after the final norm, compute dtype [B, L, D].
 
     Args:
+      params: of `init_params` or of `with_own_layers`.
       tokens_bl: int32[B, L]; any valid id where padded.
       positions_bl: int32[B, L], what rotary embedding sees; restarts with each packed segment.
       segment_ids_bl: int32[B, L]. Token i attends to tokens j <= i of its own segment; 0 = padding.
     """
     rope = rope_table(config, positions_bl)
     attend = attn.build_self_attention(segment_ids_bl, config.head_dim, backend)
-    x = _embed(params, tokens_bl, backend)
-    unrolled = unrolls(config, backend)
+    x, layers = _embed(params, tokens_bl, backend), params["layers"]
     for sparse, start, size in _runs(config):
         graph = _graph(config, sparse)
 
@@ -219,8 +238,13 @@ def trunk(
             x, _, _ = nnx.merge(graph, layer_params)(x, rope, attend, backend)
             return x, None
 
-        stacked = _run_params(config, params["layers"], start, size)
-        x, _ = jax.lax.scan(_remat(config, backend, body), x, stacked, unroll=unrolled)
+        body = _remat(config, backend, body)
+        if isinstance(layers, list):
+            for layer in layers[start : start + size]:
+                x, _ = body(x, layer)
+        else:
+            stacked = _run_params(config, layers, start, size)
+            x, _ = jax.lax.scan(body, x, stacked, unroll=unrolls(config, backend))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
@@ -279,7 +303,7 @@ def extend(
     two forms below.
 
     Args:
-      params: of `for_decoding`, with the backend that the cache was made with.
+      params: of `with_own_layers`, with the backend that the cache was made with.
 
     Returns:
       hidden_bld: compute dtype, after the final norm.

@@ -62,7 +62,7 @@ def log_probs(config, params, hidden):
 def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backend):
     params = sharp_params(config)
     full = jax.nn.log_softmax(qwen3.logits(config, params, TOKENS))
-    own = qwen3.for_decoding(config, params, backend)
+    own = qwen3.with_own_layers(config, params, backend)
     B, L = TOKENS.shape
     for sizes in ([L], [5, 4, 3], [4] + [1] * (L - 4)):
         # Garbage where nothing was written yet: columns from start_b on must not be read.
@@ -82,7 +82,7 @@ def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backen
 def test_rows_of_different_length_decode_together(backend):
     """Row 0 is four tokens ahead of row 1, as in a batch of prompts of different length."""
     params = sharp_params(DENSE)
-    own = qwen3.for_decoding(DENSE, params, backend)
+    own = qwen3.with_own_layers(DENSE, params, backend)
     full = jax.nn.log_softmax(qwen3.logits(DENSE, params, TOKENS))
     prompt = np.where(np.arange(8)[None] < np.array([[8], [4]]), TOKENS[:, :8], 0)
     cache = qwen3.init_cache(DENSE, 2, 12, backend)
@@ -100,7 +100,7 @@ def test_bf16_decoding_stays_close_and_keeps_its_dtype(backend):
     backend = dataclasses.replace(backend, compute_dtype=jnp.bfloat16)
     params = sharp_params(DENSE)
     full = qwen3.logits(DENSE, params, TOKENS)
-    own = qwen3.for_decoding(DENSE, jax.tree.map(jnp.bfloat16, params), backend)
+    own = qwen3.with_own_layers(DENSE, jax.tree.map(jnp.bfloat16, params), backend)
     cache = qwen3.init_cache(DENSE, 2, 48, backend)
     parts = []
     for tokens, start in ((TOKENS[:, :11], 0), (TOKENS[:, 11:], 11)):
@@ -117,7 +117,7 @@ def test_writes_beyond_the_cache_are_dropped(backend):
     """A finished row may keep stepping: it must not overwrite its neighbours' columns."""
     params = sharp_params(DENSE)
     cache = qwen3.init_cache(DENSE, 2, 4, backend)
-    own = qwen3.for_decoding(DENSE, params, backend)
+    own = qwen3.with_own_layers(DENSE, params, backend)
     _, after = extend(DENSE, own, TOKENS[:, :1], jnp.array([4, 1], jnp.int32), cache, backend)
     for k in after.k:
         assert not np.any(k[:, 0]) and np.any(k[:, 1, :, 1])
@@ -187,7 +187,8 @@ def test_rematerialisation_and_unrolling_change_no_gradient(changes):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain, again = grad(params, Backend()), grad(params, Backend(**changes))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, again)
+    # Gradients reach 680, where float32's steps are 6e-5; the forms differ by up to 3e-4.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), plain, again)
 
 
 def test_bf16_compute_stays_close_and_keeps_its_dtype():
@@ -202,7 +203,7 @@ def test_bf16_compute_stays_close_and_keeps_its_dtype():
 
 def test_far_positions_are_not_rounded():
     """bf16 angles would merge position 257 with 256."""
-    cos, _ = layers.rope_table(DENSE, jnp.array([[256, 257, 262143]]))
+    cos = layers.rope_table(DENSE, jnp.array([[256, 257, 262143]]))[0][..., :8]
     exact = np.cos(np.float64([256, 257, 262143])[:, None] * 1e6 ** (-np.arange(8) / 8))
     np.testing.assert_allclose(cos[0], exact, atol=0.02)  # float32 holds 262143 rad to 0.016
     np.testing.assert_allclose(cos[0, :2], exact[:2], atol=3e-5)
@@ -227,7 +228,7 @@ def test_decoding_never_copies_the_cache(backend):
     """In a loop that carries it, temporaries stay below one copy of the cache."""
     config = dataclasses.replace(DENSE, num_layers=16)
     shapes = qwen3.param_shapes(config)
-    shapes = jax.eval_shape(lambda params: qwen3.for_decoding(config, params, backend), shapes)
+    shapes = jax.eval_shape(lambda params: qwen3.with_own_layers(config, params, backend), shapes)
     cache = jax.eval_shape(lambda: qwen3.init_cache(config, 8, 256, backend))
 
     def decode(params, token_b, cache):
