@@ -87,19 +87,19 @@ def sample(
     num_columns = blocks_bnm.shape[1] * BLOCK
     flat_bv = blocks_bnm.reshape(-1, num_columns)
 
-    best_bn = jnp.max(blocks_bnm, axis=-1)  # NaN where any token of the block is NaN
+    best_bn = _apart(jnp.max(blocks_bnm, axis=-1))  # NaN where any token of the block is NaN
     best_b = jnp.max(best_bn, axis=-1)
     finite_b = jnp.isfinite(best_b)
     best_b = jnp.where(finite_b, best_b, 0.0)
 
-    shifted_bnm = blocks_bnm - best_b[:, None, None]
-    weight_bnm = jnp.exp(shifted_bnm)
-    mass_bn = jnp.sum(weight_bnm, axis=-1)
+    weight_bnm = jnp.exp(blocks_bnm - best_b[:, None, None])
+    mass_bn = _apart(jnp.sum(weight_bnm, axis=-1))
     mass_b = jnp.sum(mass_bn, axis=-1)
+    shifted_bnm = blocks_bnm - _apart(best_b)[:, None, None]  # taken again, not kept for two uses
     # A forbidden token adds 0 * -1e4 to the entropy: 0 * -inf would be NaN.
-    product_bnm = weight_bnm * jnp.maximum(shifted_bnm, -1e4)
+    product_bn = _apart(jnp.sum(weight_bnm * jnp.maximum(shifted_bnm, -1e4), axis=-1))
     log_mass_b = jnp.log(mass_b)
-    entropy_b = log_mass_b - jnp.sum(product_bnm, axis=(-2, -1)) / mass_b
+    entropy_b = log_mass_b - jnp.sum(product_bn, axis=-1) / mass_b
 
     value_bk, candidates_bk = _top_k(blocks_bnm, best_bn, num_candidates)
     candidate_logp_bk = value_bk - (best_b + log_mass_b)[:, None]
@@ -216,6 +216,12 @@ def _keep_largest(value_bnm, weight_bnm, need_b):
 
     threshold_b = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(need_b.shape, jnp.uint32))
     return jnp.where(order_bnm >= threshold_b[:, None, None], value_bnm, -jnp.inf)
+
+
+def _apart(x):
+    """`x`, computed by itself: XLA would join a sum over blocks to the sums inside them and read
+    all of V once more, and would write a difference of V numbers down because two sums read it."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _keep(finite_b, x):
