@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases decode (one token step) and sampler (slots under heavy-tailed lengths)."""
 
+import statistics
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,23 +20,30 @@ def decode_case(args) -> Report:
     columns = args.prompt_len + args.new_tokens / 2  # filled, on average over the steps
     flops = sizes.generate_flops(config, args.batch, args.prompt_len, args.new_tokens)
     flops /= args.new_tokens
-    matmul, read = measure.matmul_rate(), measure.read_rate()
-    rows, first = [], None
-    for head_dtype in args.head_dtypes:
-        drawn, seconds = _decode_seconds(args, config, params, head_dtype)
+    steps = [_DecodeSteps(args, config, params, dtype) for dtype in args.head_dtypes]
+    matmul, read, *taken = measure.in_turns(
+        measure.matmul_rate(),
+        measure.read_rate(),
+        *steps,
+        warmup=args.warmup,
+        repeats=args.repeats,
+    )
+    floors = [flops / rate for rate in matmul]
+    matmul, read = statistics.median(matmul), statistics.median(read)
+    rows = []
+    for head_dtype, step, each in zip(args.head_dtypes, steps, taken, strict=True):
         weight, head = jnp.dtype(args.dtype).itemsize, jnp.dtype(head_dtype).itemsize
         num_bytes = sizes.decode_bytes(config, args.batch, columns, weight, head, weight)
-        floor = flops / matmul
-        first = drawn if first is None else first
+        seconds = statistics.median(each)
         rows.append(
             dict(
                 head=jnp.dtype(head_dtype).name,
                 step_ms=1e3 * seconds,
                 tokens_per_second=args.batch / seconds,
-                floor_ms=1e3 * floor,
-                ratio_to_floor=seconds / floor,
+                floor_ms=1e3 * statistics.median(floors),
+                ratio_to_floor=measure.ratio(each, floors),
                 memory_floor_ms=1e3 * num_bytes / read,
-                logp_gap=_gap(first, drawn),
+                logp_gap=_gap(steps[0].first, step.first),
                 **measure.utilisation(flops, num_bytes, seconds),
             )
         )
@@ -72,30 +81,32 @@ def build_sampler(args, config, head_dtype, **changes) -> rollout.Sampler:
     return rollout.build(config, **settings | changes)
 
 
-def _decode_seconds(args, config, params, head_dtype):
-    """The first chunk drawn (host arrays), and median seconds of a step."""
-    sampler = build_sampler(args, config, head_dtype)
-    spec = sampler.spec
-    weights = jax.block_until_ready(decode.prepare(spec, params))
-    prompts = sizes.random_prompts(args.batch, args.prompt_len, args.vocab, args.seed)
-    length = np.full(args.batch, args.prompt_len, np.int32)
-    limit = np.full(args.batch, args.new_tokens, np.int32)
-    place = np.arange(args.batch, dtype=np.int32)
-    rows = (prompts.tokens_bp, length, prompts.row_b, limit, place)
-    key = jax.random.key_data(jax.random.key(args.seed))
-    stop = jnp.int32(args.batch + 1)
-    first, seconds = None, []
-    for i in range(args.warmup + args.repeats):
+class _DecodeSteps:
+    """Called, it decodes full rows afresh: seconds of a token step. `first`: what was drawn."""
+
+    def __init__(self, args, config, params, head_dtype):
+        self.args = args
+        self.spec = build_sampler(args, config, head_dtype).spec
+        self.weights = jax.block_until_ready(decode.prepare(self.spec, params))
+        prompts = sizes.random_prompts(args.batch, args.prompt_len, args.vocab, args.seed)
+        length = np.full(args.batch, args.prompt_len, np.int32)
+        limit = np.full(args.batch, args.new_tokens, np.int32)
+        place = np.arange(args.batch, dtype=np.int32)
+        self.rows = (prompts.tokens_bp, length, prompts.row_b, limit, place)
+        self.key = jax.random.key_data(jax.random.key(args.seed))
+        self.first = None
+
+    def __call__(self) -> float:
+        args, spec, weights = self.args, self.spec, self.weights
         slots = decode.init(spec, args.batch, args.prompt_len + args.new_tokens)
-        slots = decode.insert(spec, weights, slots, key, *map(jnp.asarray, rows))
+        slots = decode.insert(spec, weights, slots, self.key, *map(jnp.asarray, self.rows))
         jax.block_until_ready(slots)
         clock = measure.Clock()
-        out = jax.block_until_ready(decode.decode(spec, weights, slots, stop))
-        if i >= args.warmup:
-            seconds.append(clock.seconds() / args.new_tokens)
-        if first is None:
-            first = parallel.to_host(out[1])
-    return first, float(np.median(seconds))
+        out = decode.decode(spec, weights, slots, jnp.int32(args.batch + 1))
+        jax.block_until_ready(out)
+        seconds = clock.seconds() / args.new_tokens
+        self.first = self.first or parallel.to_host(out[1])
+        return seconds
 
 
 def _gap(a: decode.Drawn, b: decode.Drawn) -> float:

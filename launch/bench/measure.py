@@ -66,20 +66,42 @@ def timed(function: Callable, *args, warmup: int, repeats: int) -> tuple[float, 
     return statistics.median(seconds), seconds
 
 
-def matmul_rate(dtype=jnp.float32, size: int = 3072, repeats: int = 5) -> float:
-    """FLOP/s of a square product."""
+def in_turns(*laps: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
+    """What each of `laps` returns, call by call: one of each, again and again.
+
+    What slows the machine for a while slows all of them, so their ratios hold.
+    """
+    rounds = [[lap() for lap in laps] for _ in range(warmup + repeats)]
+    return [list(column) for column in zip(*rounds[warmup:], strict=True)]
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the ratios of neighbours, see `in_turns`."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
+    """A lap of `in_turns`: FLOP/s of a square product."""
     if jax.default_backend() != "cpu":
         size, dtype = 8192, jnp.bfloat16
     x = jnp.ones((size, size), dtype)
-    seconds, _ = timed(jax.jit(lambda a, b: a @ b), x, x, warmup=1, repeats=repeats)
-    return 2 * size**3 / seconds
+    return _rate(2 * size**3, jax.jit(lambda a: a @ a), x)
 
 
-def read_rate(num_bytes: int = 2**28, repeats: int = 5) -> float:
-    """Bytes/s of a sum over an array that no cache holds."""
-    x = jnp.ones(num_bytes // 4, jnp.float32)
-    seconds, _ = timed(jax.jit(jnp.sum), x, warmup=1, repeats=repeats)
-    return num_bytes / seconds
+def read_rate(num_bytes: int = 2**28) -> Callable[[], float]:
+    """A lap of `in_turns`: bytes/s of a sum over an array that no cache holds."""
+    return _rate(num_bytes, jax.jit(jnp.sum), jnp.ones(num_bytes // 4, jnp.float32))
+
+
+def _rate(work: float, function: Callable, x: jax.Array) -> Callable[[], float]:
+    jax.block_until_ready(function(x))
+
+    def lap() -> float:
+        clock = Clock()
+        jax.block_until_ready(function(x))
+        return work / clock.seconds()
+
+    return lap
 
 
 def peaks() -> tuple[float, float] | None:

@@ -2,7 +2,9 @@
 """Cases update, crop, score and step: the stages of a step, at the sizes of the flags."""
 
 import dataclasses
+import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,6 +98,23 @@ def _teacher_params(stages: Stages) -> dict:
     return qwen3.with_own_layers(stages.teacher, params, stages.score.backend)
 
 
+def _beside_the_floor(args, lap: Callable[[], float], flops: float) -> tuple[dict, float]:
+    """Figures of a stage whose `lap` returns seconds, and the FLOP/s of a product in between."""
+    seconds, rates = measure.in_turns(
+        lap, measure.matmul_rate(args.dtype), warmup=args.warmup, repeats=args.repeats
+    )
+    floors = [flops / rate for rate in rates]
+    median = statistics.median(seconds)
+    row = dict(
+        seconds=median,
+        tokens_per_second=args.batch * (args.prompt_len + args.new_tokens) / median,
+        floor_seconds=statistics.median(floors),
+        ratio_to_floor=measure.ratio(seconds, floors),
+        **measure.utilisation(flops=flops, seconds=median),
+    )
+    return row, statistics.median(rates)
+
+
 # --- update and crop ---
 
 
@@ -118,16 +137,8 @@ class _Updates:
         params = sizes.random_params(self.stages.student, args.seed, args.dtype)
         self.state = self.stages.update.init(params)
 
-    def seconds(self, *releases) -> list[float]:
-        """Median seconds of updates that supervise the first release_b tokens of each row.
-
-        One after the other, again and again: what slows the machine slows all of them.
-        """
-        args = self.args
-        laps = [[self._lap(b) for b in releases] for _ in range(args.warmup + args.repeats)]
-        return [statistics.median(column) for column in zip(*laps[args.warmup :], strict=True)]
-
-    def _lap(self, release_b) -> float:
+    def seconds(self, release_b) -> float:
+        """Of one update that supervises the first release_b tokens of each row."""
         supervised = np.arange(self.args.new_tokens)[None] < np.asarray(release_b)[:, None]
         length = supervised.sum(axis=1, keepdims=True)
         weight = np.where(supervised, 1 / np.maximum(length, 1), 0.0).astype(np.float32)
@@ -143,17 +154,14 @@ def update_case(args) -> Report:
     """The update with everything supervised."""
     updates = _Updates(args)
     release = np.full(args.batch, args.new_tokens)
-    (seconds,) = updates.seconds(release)
-    flops, rate = update_flops(updates.stages, release), measure.matmul_rate(args.dtype)
+    row, rate = _beside_the_floor(
+        args, lambda: updates.seconds(release), update_flops(updates.stages, release)
+    )
     row = dict(
         objective=args.objective,
-        seconds=seconds,
-        tokens_per_second=args.batch * (args.prompt_len + args.new_tokens) / seconds,
-        floor_seconds=flops / rate,
-        ratio_to_floor=seconds * rate / flops,
+        **row,
         peak_rss_gib=measure.peak_rss_gib(),
         peak_device_gib=measure.peak_device_gib(),
-        **measure.utilisation(flops=flops, seconds=seconds),
     )
     return Report(dict(case="update", matmul_gflops=rate / 1e9, **row), [row])
 
@@ -166,21 +174,25 @@ def crop_case(args) -> Report:
     share = np.clip(rng.lognormal(np.log(MEDIAN_RELEASE), 0.8, args.batch), 0.0, 1.0)
     share[: round(UNRELEASED * args.batch)] = 1.0
     releases["paper's mix"] = np.ceil(share * args.new_tokens).astype(int)
-    rows, taken = [], updates.seconds(*releases.values())
-    whole = taken[0]
+    laps = [functools.partial(updates.seconds, release_b) for release_b in releases.values()]
+    taken = measure.in_turns(*laps, warmup=args.warmup, repeats=args.repeats)
+    rows = []
     for (name, release), seconds in zip(releases.items(), taken, strict=True):
         rows.append(
             dict(
                 released_at=name,
                 supervised_fraction=float(release.sum() / (args.batch * args.new_tokens)),
-                seconds=seconds,
-                time_ratio=seconds / whole,
+                seconds=statistics.median(seconds),
+                time_ratio=measure.ratio(seconds, taken[0]),
                 floor_ratio=update_flops(updates.stages, release)
                 / update_flops(updates.stages, releases["1"]),
             )
         )
-    result = dict(case="crop", seconds=whole, objective=args.objective, rows=rows[:-1])
-    notes = ["time_ratio, floor_ratio: against everything supervised; the floor counts FLOPs"]
+    result = dict(case="crop", seconds=rows[0]["seconds"], objective=args.objective, rows=rows[:-1])
+    notes = [
+        "time_ratio: against everything supervised, median over updates in turns; floor_ratio: "
+        "the same of counted FLOPs"
+    ]
     return Report(result | dict(paper_mix=rows[-1]), rows, notes)
 
 
@@ -194,21 +206,14 @@ def score_case(args) -> Report:
     sampled = sizes.random_rollout(
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
     )
-    seconds, _ = measure.timed(
-        lambda: dataclasses.astuple(stages.score(params, sampled)),
-        warmup=args.warmup,
-        repeats=args.repeats,
-    )
-    flops, rate = score_flops(stages), measure.matmul_rate(args.dtype)
-    row = dict(
-        needs=",".join(sorted(stages.needs)),
-        seconds=seconds,
-        tokens_per_second=args.batch * (args.prompt_len + args.new_tokens) / seconds,
-        floor_seconds=flops / rate,
-        ratio_to_floor=seconds * rate / flops,
-        peak_rss_gib=measure.peak_rss_gib(),
-        **measure.utilisation(flops=flops, seconds=seconds),
-    )
+
+    def lap() -> float:
+        clock = measure.Clock()
+        jax.block_until_ready(dataclasses.astuple(stages.score(params, sampled)))
+        return clock.seconds()
+
+    row, rate = _beside_the_floor(args, lap, score_flops(stages))
+    row = dict(needs=",".join(sorted(stages.needs)), **row, peak_rss_gib=measure.peak_rss_gib())
     return Report(dict(case="score", matmul_gflops=rate / 1e9, **row), [row])
 
 
@@ -231,15 +236,15 @@ def step_case(args) -> Report:
     params = sizes.random_params(stages.student, args.seed, args.dtype)
     state = stages.update.init(params)
     del params
-    clocks = []
+    clocks, matmul = [], measure.matmul_rate(args.dtype)
     for step in range(args.warmup + args.repeats):
         prompts = sizes.random_prompts(args.batch, args.prompt_len, args.vocab, args.seed + step)
         seconds: dict[str, float] = {}
         state = _step(stages, state, teacher, prompts, step, seconds)
         if step >= args.warmup:
-            clocks.append(seconds)
+            clocks.append(seconds | dict(matmul=matmul()))
     median = {name: statistics.median(c[name] for c in clocks) for name in clocks[0]}
-    rate = measure.matmul_rate(args.dtype)
+    rate = median["matmul"]
     flops = _step_flops(stages)
     rows = [
         dict(

@@ -21,8 +21,8 @@ TINY = (
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
     """Rates that need no measuring; and no pinning of the process that runs the tests."""
-    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 80e9)
-    monkeypatch.setattr(measure, "read_rate", lambda *_: 20e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: lambda: 80e9)
+    monkeypatch.setattr(measure, "read_rate", lambda *_: lambda: 20e9)
 
 
 def run(*given) -> dict:
@@ -92,6 +92,15 @@ def test_host_times_segmentation_apart_from_what_a_step_waits_for():
         found["start_and_select_seconds"] + found["segment_seconds"]
     )
     assert found["share_of_step"] is None
+
+
+def test_laps_take_turns_and_ratios_are_of_neighbours():
+    calls = []
+    laps = [lambda name=name: calls.append(name) or len(calls) for name in "ab"]
+    assert measure.in_turns(*laps, warmup=1, repeats=2) == [[3, 5], [4, 6]]
+    assert "".join(calls) == "ababab"
+    # A machine that slows tenfold in the middle: medians of each would give 11 or 0.2.
+    assert measure.ratio([2, 2, 20], [1, 10, 10]) == 2
 
 
 def test_utilisation_is_given_where_peaks_are_known(monkeypatch):
