@@ -286,15 +286,19 @@ def test_every_feed_seats_its_own_rows_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unroll", [0, 8])
+@pytest.mark.parametrize(
+    ("unroll", "frozen"), [(0, False), (8, False), (8, True)], ids=["scanned", "unrolled", "frozen"]
+)
 @pytest.mark.parametrize("sizes", [(("fsdp", 8),), (("data", 2), ("fsdp", 2), ("tensor", 2))])
-def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes, unroll):
+def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes, unroll, frozen):
     mesh = parallel.build_mesh(sizes)
     backend = qwen3.Backend(shard=parallel.shard_activations(mesh), unroll=unroll)
     shardings = parallel.shardings(qwen3.param_axes(CONFIG), mesh)
     sampler = build(mesh, num_slots=8, backend=backend)
     big = jax.tree.map(lambda x: np.concatenate([x, x, x]), prompts)
-    out = sampler(jax.device_put(params, shardings), big, jax.random.key(1))
+    params = jax.device_put(params, shardings)
+    params = qwen3.with_own_layers(CONFIG, params, backend) if frozen else params
+    out = sampler(params, big, jax.random.key(1))
     for i in range(3):
         part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B], out)
         assert_same_rollout(part, sampled[0])

@@ -30,12 +30,12 @@ EVERYTHING = {
 }
 
 
-def build(needs, mesh=None, rows=2, tokens=20, **knobs):
+def build(needs, mesh=None, rows=2, tokens=20, unroll=0, **knobs):
     mesh = mesh or mesh_of()
     return score.build(
         model_config=TEACHER,
         reference_config=REFERENCE,
-        backend=qwen3.Backend(shard=parallel.shard_activations(mesh)),
+        backend=qwen3.Backend(shard=parallel.shard_activations(mesh), unroll=unroll),
         mesh=mesh,
         needs=needs,
         micro_batch_rows=rows,
@@ -125,14 +125,20 @@ def test_ids_beyond_the_students_vocabulary_get_no_probability():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unroll", [0, 8])
 @pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(fsdp=2, tensor=2, expert=2), dict(data=4)])
-def test_scores_do_not_depend_on_the_mesh(everything, mesh):
+def test_scores_do_not_depend_on_the_mesh(everything, mesh, unroll):
     rollout, params, other = make_rollout(), params_of(TEACHER), params_of(REFERENCE, 1)
     expected = everything(params, rollout, other)
     mesh = mesh_of(**mesh)
-    put = [
-        jax.device_put(p, parallel.shardings(qwen3.param_axes(config), mesh))
+    stage = build(EVERYTHING, mesh, rows=8, unroll=unroll)
+    frozen = [
+        qwen3.with_own_layers(
+            config,
+            jax.device_put(p, parallel.shardings(qwen3.param_axes(config), mesh)),
+            stage.backend,
+        )
         for p, config in ((params, TEACHER), (other, REFERENCE))
     ]
-    scores = build(EVERYTHING, mesh, rows=8)(put[0], rollout, put[1])
+    scores = stage(frozen[0], rollout, frozen[1])
     assert_close(vars(scores), vars(expected))
