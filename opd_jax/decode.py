@@ -93,7 +93,7 @@ def prepare(spec: Spec, params: Any) -> Weights:
         head, axes = head.T, axes[::-1]
     params = jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params)
     weights = Weights(qwen3.with_own_layers(config, params, spec.backend), head)
-    if mesh.size > 1:  # on one device, what needs no cast and is not unrolled stays where it is
+    if mesh.size > 1:
         own_layers = qwen3.unrolls(config, spec.backend)
         places = Weights(decode(qwen3.param_axes(config, own_layers=own_layers)), decode(axes))
         weights = jax.lax.with_sharding_constraint(weights, places)

@@ -133,7 +133,7 @@ def _parts(args, config, params) -> dict[str, float]:
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }
     return {
-        name: 1e3 * measure.timed(jax.jit(f), *x, warmup=1, repeats=args.repeats)[0]
+        name: 1e3 * measure.timed(jax.jit(f), *x, warmup=1, repeats=args.repeats)
         for name, (f, *x) in functions.items()
     }
 
@@ -158,7 +158,7 @@ def sampler_case(args) -> Report:
         runs.append(sampler.run(params, prompts, key, limit_b=limit))
         return runs[-1][0].tokens_bt
 
-    seconds, _ = measure.timed(run, warmup=args.warmup, repeats=args.repeats)
+    seconds = measure.timed(run, warmup=args.warmup, repeats=args.repeats)
     stats, tokens = runs[-1][1], int(limit.sum())
     batches = (
         np.sort(limit.reshape(-1, args.batch), axis=1) if args.rows % args.batch == 0 else None

@@ -55,15 +55,15 @@ class Clock:
         return time.process_time() - self._cpu_start
 
 
-def timed(function: Callable, *args, warmup: int, repeats: int) -> tuple[float, list[float]]:
-    """Median seconds of a call until its arrays are there, and every timed call's seconds."""
+def timed(function: Callable, *args, warmup: int, repeats: int) -> float:
+    """Median seconds of a call until its arrays are there."""
     seconds = []
     for i in range(warmup + repeats):
         clock = Clock()
         jax.block_until_ready(function(*args))
         if i >= warmup:
             seconds.append(clock.seconds())
-    return statistics.median(seconds), seconds
+    return statistics.median(seconds)
 
 
 def in_turns(*laps: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:

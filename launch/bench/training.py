@@ -246,6 +246,11 @@ def step_case(args) -> Report:
     median = {name: statistics.median(c[name] for c in clocks) for name in clocks[0]}
     rate = median["matmul"]
     flops = _step_flops(stages)
+
+    def to_floor(stage: str) -> float | None:
+        floors = [flops[stage] / c["matmul"] for c in clocks]
+        return measure.ratio([c[stage] for c in clocks], floors) if flops[stage] else None
+
     rows = [
         dict(
             stage=name,
@@ -256,9 +261,7 @@ def step_case(args) -> Report:
         for name in STAGES
     ]
     for row in rows:
-        row["ratio_to_floor"] = (
-            row["seconds"] / row["floor_seconds"] if row["floor_seconds"] else None
-        )
+        row["ratio_to_floor"] = to_floor(row["stage"])
         row |= measure.utilisation(flops=flops[row["stage"]], seconds=row["seconds"])
     result = dict(
         case="step",
@@ -266,7 +269,7 @@ def step_case(args) -> Report:
         cpu_seconds=median["step cpu"],
         stages={name: median[name] for name in STAGES[:-1]},
         floor_seconds=flops["step"] / rate,
-        ratio_to_floor=median["step"] * rate / flops["step"],
+        ratio_to_floor=to_floor("step"),
         floor_gflop=flops["step"] / 1e9,
         matmul_gflops=rate / 1e9,
         peak_rss_gib=measure.peak_rss_gib(),

@@ -183,7 +183,7 @@ class Pieces:
         return Piece(
             "score",
             self._runs(self.batch_size * tokens),
-            lambda: scorer.teacher.lower(self.teacher, batch),
+            lambda: scorer.teacher.lower(self.teacher, batch),  # stacked, as scanned models are
             device_bytes(self.state) + device_bytes(self.reference),
             self._head_trips(assume.response_mean / tokens),
         )

@@ -164,7 +164,6 @@ def unrolls(config: Qwen3Config, backend: Backend) -> bool:
     return config.num_layers <= backend.unroll
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
 def with_own_layers(config: Qwen3Config, params: Params, backend: Backend) -> Params:
     """`params` as inference reads them fastest: an unrolled model's layers each on their own.
 
@@ -172,11 +171,15 @@ def with_own_layers(config: Qwen3Config, params: Params, backend: Backend) -> Pa
     of the stacks. Another model's params come back as they are, and so do those that went through
     here before.
     """
-    stacked = params["layers"]
-    if not unrolls(config, backend) or isinstance(stacked, list):
+    if not unrolls(config, backend) or isinstance(params["layers"], list):
         return params
-    layers = [_run_params(config, stacked, i, 1) for i in range(config.num_layers)]
-    return params | dict(layers=[jax.tree.map(lambda x: x[0], layer) for layer in layers])
+    return params | dict(layers=_split(config, params["layers"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # without it, one dispatch per array
+def _split(config: Qwen3Config, layers: Params) -> list[Params]:
+    each = [_run_params(config, layers, i, 1) for i in range(config.num_layers)]
+    return [jax.tree.map(lambda x: x[0], layer) for layer in each]
 
 
 def _runs(config: Qwen3Config) -> list[tuple[bool, int, int]]:

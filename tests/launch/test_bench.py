@@ -99,7 +99,7 @@ def test_laps_take_turns_and_ratios_are_of_neighbours():
     laps = [lambda name=name: calls.append(name) or len(calls) for name in "ab"]
     assert measure.in_turns(*laps, warmup=1, repeats=2) == [[3, 5], [4, 6]]
     assert "".join(calls) == "ababab"
-    # A machine that slows tenfold in the middle: medians of each would give 11 or 0.2.
+    # A machine that slows tenfold in the middle: the ratio of the medians is 0.2.
     assert measure.ratio([2, 2, 20], [1, 10, 10]) == 2
 
 
