@@ -142,9 +142,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         learning_rate=device.learning_rate,
         teacher_params=teacher_params,
         teacher_head_vd=qwen3.head_vd(teacher.config, teacher_params) if reads_states else None,
-        reference_params=(
-            reference.load_frozen(mesh, device.score.backend) if reference.config else None
-        ),
+        reference_params=reference.load_frozen(mesh, device.score.backend),
         tokenizer=tokenizer,
         verifier=verifier,
         evaluator=evaluator,
@@ -280,7 +278,9 @@ class Source:
         return hf.load(self.directory, dtype=self.param_dtype, shardings=places)[1]
 
     def load_frozen(self, mesh, backend):
-        """The same of a model that is only read."""
+        """The same of a model that is only read; None where there is no model."""
+        if self.config is None:
+            return None
         return qwen3.with_own_layers(self.config, self.load(mesh), backend)
 
 

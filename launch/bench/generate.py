@@ -132,9 +132,11 @@ def _parts(args, config, params) -> dict[str, float]:
         "jax.random.categorical": (jax.random.categorical, jax.random.key(2), logits),
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }
+    laps = [measure.seconds_of(jax.jit(f), *x) for f, *x in functions.values()]
+    taken = measure.in_turns(*laps, warmup=1, repeats=args.repeats)
     return {
-        name: 1e3 * measure.timed(jax.jit(f), *x, warmup=1, repeats=args.repeats)
-        for name, (f, *x) in functions.items()
+        name: 1e3 * statistics.median(seconds)
+        for name, seconds in zip(functions, taken, strict=True)
     }
 
 
@@ -158,7 +160,8 @@ def sampler_case(args) -> Report:
         runs.append(sampler.run(params, prompts, key, limit_b=limit))
         return runs[-1][0].tokens_bt
 
-    seconds = measure.timed(run, warmup=args.warmup, repeats=args.repeats)
+    (taken,) = measure.in_turns(measure.seconds_of(run), warmup=args.warmup, repeats=args.repeats)
+    seconds = statistics.median(taken)
     stats, tokens = runs[-1][1], int(limit.sum())
     batches = (
         np.sort(limit.reshape(-1, args.batch), axis=1) if args.rows % args.batch == 0 else None

@@ -55,15 +55,15 @@ class Clock:
         return time.process_time() - self._cpu_start
 
 
-def timed(function: Callable, *args, warmup: int, repeats: int) -> float:
-    """Median seconds of a call until its arrays are there."""
-    seconds = []
-    for i in range(warmup + repeats):
+def seconds_of(function: Callable, *args) -> Callable[[], float]:
+    """A lap of `in_turns`: seconds of a call until its arrays are there."""
+
+    def lap() -> float:
         clock = Clock()
         jax.block_until_ready(function(*args))
-        if i >= warmup:
-            seconds.append(clock.seconds())
-    return statistics.median(seconds)
+        return clock.seconds()
+
+    return lap
 
 
 def in_turns(*laps: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
@@ -81,7 +81,8 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
-    """A lap of `in_turns`: FLOP/s of a square product."""
+    """A lap of `in_turns`: FLOP/s of a square product, whose 36 MiB count in the peaks of a case
+    (128 MiB on an accelerator)."""
     if jax.default_backend() != "cpu":
         size, dtype = 8192, jnp.bfloat16
     x = jnp.ones((size, size), dtype)
@@ -94,14 +95,9 @@ def read_rate(num_bytes: int = 2**28) -> Callable[[], float]:
 
 
 def _rate(work: float, function: Callable, x: jax.Array) -> Callable[[], float]:
-    jax.block_until_ready(function(x))
-
-    def lap() -> float:
-        clock = Clock()
-        jax.block_until_ready(function(x))
-        return work / clock.seconds()
-
-    return lap
+    lap = seconds_of(function, x)
+    lap()  # compiles
+    return lambda: work / lap()
 
 
 def peaks() -> tuple[float, float] | None:

@@ -206,12 +206,7 @@ def score_case(args) -> Report:
     sampled = sizes.random_rollout(
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
     )
-
-    def lap() -> float:
-        clock = measure.Clock()
-        jax.block_until_ready(dataclasses.astuple(stages.score(params, sampled)))
-        return clock.seconds()
-
+    lap = measure.seconds_of(lambda: dataclasses.astuple(stages.score(params, sampled)))
     row, rate = _beside_the_floor(args, lap, score_flops(stages))
     row = dict(needs=",".join(sorted(stages.needs)), **row, peak_rss_gib=measure.peak_rss_gib())
     return Report(dict(case="score", matmul_gflops=rate / 1e9, **row), [row])

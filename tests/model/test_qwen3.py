@@ -187,8 +187,12 @@ def test_rematerialisation_and_unrolling_change_no_gradient(changes):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain, again = grad(params, Backend()), grad(params, Backend(**changes))
-    # Gradients reach 680, where float32's steps are 6e-5; the forms differ by up to 3e-4.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), plain, again)
+
+    def close(a, b):
+        # Those of the embeddings reach 680, where float32's own steps are 6e-5.
+        np.testing.assert_allclose(a, b, atol=max(1e-4, 1e-6 * np.abs(a).max()))
+
+    jax.tree.map(close, plain, again)
 
 
 def test_bf16_compute_stays_close_and_keeps_its_dtype():
