@@ -7,6 +7,7 @@ all hosts, R prompts of a refill, J steps of a chunk, C columns of the cache, K 
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from opd_jax import parallel, sampling
 from opd_jax.model import qwen3
+
+BLOCK_BYTES = 2**19  # of a head on a CPU: a share of one core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Spec:
     def head_is_dv(self) -> bool:
         """The head is stored transposed: only the CPU's bf16 matmul is slow otherwise."""
         return parallel.platform(self.mesh) == "cpu" and self.head_dtype == jnp.bfloat16
+
+    @property
+    def head_in_blocks(self) -> bool:
+        """`product_in_blocks` is faster: on a CPU, in float32, where a cache does not hold all."""
+        one_cpu = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1
+        size = self.config.vocab_size * self.config.hidden_size * 4
+        return one_cpu and self.head_dtype == jnp.float32 and size > BLOCK_BYTES
 
 
 @struct.dataclass
@@ -220,7 +230,7 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
         slots.cache,
         spec.backend,
     )
-    logits_sv = _logits(spec, weights.head, hidden_sld[:, 0])
+    logits_sv = logits(spec, weights.head, hidden_sld[:, 0])
     bits_s2 = jax.vmap(lambda key, t: jax.random.bits(jax.random.fold_in(key, t), 2, jnp.uint32))(
         slots.key_s, slots.t_s
     )
@@ -259,10 +269,37 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
     return slots, drawn
 
 
-def _logits(spec, head, hidden_sd) -> jax.Array:
+def logits(spec, head, hidden_sd) -> jax.Array:
     """float32[S, V]. Whole rows: the sums of `sampling` would cross shards at every step."""
+    hidden_sd = hidden_sd.astype(head.dtype)
+    if spec.head_in_blocks:
+        return product_in_blocks(hidden_sd, head)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
-    logits_sv = jnp.einsum(
-        dims, hidden_sd.astype(head.dtype), head, preferred_element_type=jnp.float32
-    )
+    logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
     return spec.backend.shard(logits_sv, ("batch", None))
+
+
+def product_in_blocks(hidden_sd, head_vd, block_bytes=BLOCK_BYTES) -> jax.Array:
+    """float32[S, V], `hidden_sd @ head_vd.T` by blocks of the head that a core's cache holds.
+
+    A matmul would pack the whole head for a few rows at every step; a block that a cache holds is
+    read as it lies. Its rows come from four places at once, which memory answers faster than one.
+    """
+    (S, D), V = hidden_sd.shape, len(head_vd)
+    places = math.gcd(V, 4)
+    head_pnd = head_vd.reshape(places, -1, D)
+    N = head_pnd.shape[1]
+    width = min(N, max(1, block_bytes // (places * D * head_vd.dtype.itemsize)))
+    rows = jnp.array_split(hidden_sd, -(-S // 24))  # XLA packs for more than 24 at once
+
+    def block(i, logits_spn):
+        start = i * width  # both slices move the last one back to where it ends with the head
+        block_pwd = jax.lax.dynamic_slice_in_dim(head_pnd, start, width, axis=1)
+        block_wpd = block_pwd.transpose(1, 0, 2)
+        product_spw = [jnp.einsum("sd,wpd->spw", x_sd, block_wpd) for x_sd in rows]
+        return jax.lax.dynamic_update_slice_in_dim(
+            logits_spn, jnp.concatenate(product_spw), start, axis=2
+        )
+
+    zeros = jnp.zeros((S, places, N), jnp.float32)
+    return jax.lax.fori_loop(0, -(-N // width), block, zeros).reshape(S, V)

@@ -217,6 +217,21 @@ def test_a_bf16_head_is_close(one_device_mesh, params, prompts):
     assert 1e-6 < gap.max() < 0.05
 
 
+def test_a_head_applied_in_blocks_gives_the_same_rollout(one_device_mesh, params, prompts, sampled):
+    """4,148 rows are above `decode.BLOCK_BYTES`; those that are padding are never drawn."""
+    wide = {
+        name: jnp.pad(params[name], ((0, 3998), (0, 0)), constant_values=9)
+        for name in ("embed", "head")
+    }
+    config = dataclasses.replace(CONFIG, vocab_size=4148)
+    sampler = rollout.build(
+        config, eos_ids=EOS, pad_id=0, response_len=T, mesh=one_device_mesh, vocab_size=150
+    )
+    assert sampler.spec.head_in_blocks
+    out = sampler(params | wide, prompts, jax.random.key(1))
+    assert_same_rollout(out, sampled[0])
+
+
 def test_nothing_recompiles_and_no_transfer_is_hidden(one_device_mesh, params, prompts, sampled):
     sampler = build(one_device_mesh)
     functions = (decode.prepare, decode.init, decode.insert, decode.decode)

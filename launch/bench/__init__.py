@@ -30,7 +30,13 @@ Later, the same sizes, as shares of the time of a plain head, calls in turns:
             by Eigen instead of YNN 2.9, [D, V] by Eigen 1.14
             in blocks of columns [D, 512], scanned, 0.91, as a batch of [D, 256] 0.92, which would
             be a second head to make at every step; each block read ahead by a sum 1.05; four tokens
-            to a row of [V / 4, 4 D], so that a row is a page, 1.01
+            to a row of [V / 4, 4 D], so that a row is a page, 1.01; XNN, oneDNN or wider vectors
+            asked for by flag: the same program; weights in pages of 2 MiB 0.98 to 1.02
+  head      in blocks of rows of 512 KiB, copied to the cache and read there unpacked: 0.95 to 0.98
+            of a token step, and 0.82 to 0.88 where a block's rows come from four places (kept;
+            from two 0.95, eight 0.91, 384 KiB the same); the copy runs at the memory's rate, the
+            product at the matmul's. 16 slots 0.80 to 0.93, 32 0.88, 64 1.09, one 1.24; V = 4,096
+            0.95. bf16 so 3.7
   scores    computed with columns first, then turned: 0.97 of a token step at V = 4,096, but the
             barrier that this takes stands in the way of training
 

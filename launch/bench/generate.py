@@ -10,7 +10,6 @@ import numpy as np
 from launch.bench import measure, sizes
 from launch.bench.measure import Report
 from opd_jax import decode, parallel, rollout, sampling
-from opd_jax.model import qwen3
 
 
 def decode_case(args) -> Report:
@@ -55,7 +54,7 @@ def decode_case(args) -> Report:
         matmul_gflops=matmul / 1e9,
         read_gb_per_second=read / 1e9,
         rows=rows,
-        parts_ms=_parts(args, config, params),
+        parts_ms=_parts(args, steps[0]),
     )
     notes = [
         f"floor: {flops / 1e9:.2f} GFLOP a step at the {matmul / 1e9:.1f} GFLOP/s of a square "
@@ -115,20 +114,21 @@ def _gap(a: decode.Drawn, b: decode.Drawn) -> float:
     return float(np.abs(np.where(same, a.logp_sj - b.logp_sj, 0.0)).max())
 
 
-def _parts(args, config, params) -> dict[str, float]:
-    """Milliseconds of a step's parts, each compiled alone; the draw beside JAX's own."""
+def _parts(args, step) -> dict[str, float]:
+    """Milliseconds of a step's parts, each compiled alone; beside them JAX's own."""
     B, V = args.batch, args.vocab
-    hidden = jnp.ones((B, config.hidden_size), args.dtype)
+    head = step.weights.head
+    hidden = jnp.ones((B, step.spec.config.hidden_size), args.dtype)
     logits = jax.random.normal(jax.random.key(0), (B, V))
     bits = jax.random.bits(jax.random.key(1), (B, 2), jnp.uint32)
-    head = qwen3.head_vd(config, params)
     functions = {
-        "head": (lambda x, w: jnp.einsum("bd,vd->bv", x, w), hidden, head),
+        "head": (lambda w, x: decode.logits(step.spec, w, x), head, hidden),
         "sampling (draw, top-4, entropy)": (
             lambda x, b: sampling.sample(x, b, sampling.Knobs(), num_candidates=4),
             logits,
             bits,
         ),
+        "a plain matmul": (lambda w, x: x @ (w if step.spec.head_is_dv else w.T), head, hidden),
         "jax.random.categorical": (jax.random.categorical, jax.random.key(2), logits),
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }
