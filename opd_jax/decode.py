@@ -8,6 +8,7 @@ all hosts, R prompts of a refill, J steps of a chunk, C columns of the cache, K 
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import jax
@@ -42,10 +43,16 @@ class Spec:
 
     @property
     def head_in_blocks(self) -> bool:
-        """`product_in_blocks` is faster: on a CPU, in float32, where a cache does not hold all."""
-        one_cpu = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1
+        """`product_in_blocks` is faster for 2 to 24 rows: in float32, on one core, whose cache does
+        not hold all. XLA divides a plain matmul over more cores."""
+        alone = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1 and _one_core()
         size = self.config.vocab_size * self.config.hidden_size * 4
-        return one_cpu and self.head_dtype == jnp.float32 and size > BLOCK_BYTES
+        return alone and self.head_dtype == jnp.float32 and size > BLOCK_BYTES
+
+
+def _one_core() -> bool:
+    """Only Linux says which cores the process may use; elsewhere it has several."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
 
 
 @struct.dataclass
@@ -272,7 +279,7 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
 def logits(spec, head, hidden_sd) -> jax.Array:
     """float32[S, V]. Whole rows: the sums of `sampling` would cross shards at every step."""
     hidden_sd = hidden_sd.astype(head.dtype)
-    if spec.head_in_blocks:
+    if spec.head_in_blocks and 2 <= len(hidden_sd) <= 24:  # XLA would pack a block for more rows
         return product_in_blocks(hidden_sd, head)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
     logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
@@ -282,24 +289,22 @@ def logits(spec, head, hidden_sd) -> jax.Array:
 def product_in_blocks(hidden_sd, head_vd, block_bytes=BLOCK_BYTES) -> jax.Array:
     """float32[S, V], `hidden_sd @ head_vd.T` by blocks of the head that a core's cache holds.
 
-    A matmul would pack the whole head for a few rows at every step; a block that a cache holds is
-    read as it lies. Its rows come from four places at once, which memory answers faster than one.
+    A matmul packs the whole head for a few rows at every step. Here blocks are copied to the cache
+    and read there as they lie; their rows come from four places at once, which memory answers
+    faster than one.
     """
     (S, D), V = hidden_sd.shape, len(head_vd)
     places = math.gcd(V, 4)
     head_pnd = head_vd.reshape(places, -1, D)
     N = head_pnd.shape[1]
     width = min(N, max(1, block_bytes // (places * D * head_vd.dtype.itemsize)))
-    rows = jnp.array_split(hidden_sd, -(-S // 24))  # XLA packs for more than 24 at once
 
     def block(i, logits_spn):
         start = i * width  # both slices move the last one back to where it ends with the head
         block_pwd = jax.lax.dynamic_slice_in_dim(head_pnd, start, width, axis=1)
-        block_wpd = block_pwd.transpose(1, 0, 2)
-        product_spw = [jnp.einsum("sd,wpd->spw", x_sd, block_wpd) for x_sd in rows]
-        return jax.lax.dynamic_update_slice_in_dim(
-            logits_spn, jnp.concatenate(product_spw), start, axis=2
-        )
+        block_wpd = block_pwd.transpose(1, 0, 2)  # the copy, and from four places
+        product_spw = jnp.einsum("sd,wpd->spw", hidden_sd, block_wpd)
+        return jax.lax.dynamic_update_slice_in_dim(logits_spn, product_spw, start, axis=2)
 
     zeros = jnp.zeros((S, places, N), jnp.float32)
     return jax.lax.fori_loop(0, -(-N // width), block, zeros).reshape(S, V)

@@ -217,8 +217,11 @@ def test_a_bf16_head_is_close(one_device_mesh, params, prompts):
     assert 1e-6 < gap.max() < 0.05
 
 
-def test_a_head_applied_in_blocks_gives_the_same_rollout(one_device_mesh, params, prompts, sampled):
+def test_a_head_applied_in_blocks_gives_the_same_rollout(
+    one_device_mesh, params, prompts, sampled, monkeypatch
+):
     """4,148 rows are above `decode.BLOCK_BYTES`; those that are padding are never drawn."""
+    monkeypatch.setattr(decode, "_one_core", lambda: True)
     wide = {
         name: jnp.pad(params[name], ((0, 3998), (0, 0)), constant_values=9)
         for name in ("embed", "head")
@@ -228,6 +231,8 @@ def test_a_head_applied_in_blocks_gives_the_same_rollout(one_device_mesh, params
         config, eos_ids=EOS, pad_id=0, response_len=T, mesh=one_device_mesh, vocab_size=150
     )
     assert sampler.spec.head_in_blocks
+    assert not dataclasses.replace(sampler.spec, head_dtype=jnp.bfloat16).head_in_blocks
+    assert not dataclasses.replace(sampler.spec, config=CONFIG).head_in_blocks
     out = sampler(params | wide, prompts, jax.random.key(1))
     assert_same_rollout(out, sampled[0])
 

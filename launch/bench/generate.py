@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases decode (one token step) and sampler (slots under heavy-tailed lengths)."""
 
+import functools
 import statistics
 
 import jax
@@ -114,6 +115,11 @@ def _gap(a: decode.Drawn, b: decode.Drawn) -> float:
     return float(np.abs(np.where(same, a.logp_sj - b.logp_sj, 0.0)).max())
 
 
+def _matmul(spec, head, hidden_sd):
+    head_dv = head if spec.head_is_dv else head.T
+    return jnp.matmul(hidden_sd.astype(head.dtype), head_dv, preferred_element_type=jnp.float32)
+
+
 def _parts(args, step) -> dict[str, float]:
     """Milliseconds of a step's parts, each compiled alone; beside them JAX's own."""
     B, V = args.batch, args.vocab
@@ -122,13 +128,13 @@ def _parts(args, step) -> dict[str, float]:
     logits = jax.random.normal(jax.random.key(0), (B, V))
     bits = jax.random.bits(jax.random.key(1), (B, 2), jnp.uint32)
     functions = {
-        "head": (lambda w, x: decode.logits(step.spec, w, x), head, hidden),
+        "head": (functools.partial(decode.logits, step.spec), head, hidden),
         "sampling (draw, top-4, entropy)": (
             lambda x, b: sampling.sample(x, b, sampling.Knobs(), num_candidates=4),
             logits,
             bits,
         ),
-        "a plain matmul": (lambda w, x: x @ (w if step.spec.head_is_dv else w.T), head, hidden),
+        "a plain matmul": (functools.partial(_matmul, step.spec), head, hidden),
         "jax.random.categorical": (jax.random.categorical, jax.random.key(2), logits),
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }

@@ -81,8 +81,8 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
-    """A lap of `in_turns`: FLOP/s of a square product, whose 36 MiB count in the peaks of a case
-    (128 MiB on an accelerator)."""
+    """A lap of `in_turns`: FLOP/s of a square product. Its operand and its result, 36 MiB each in
+    float32, count in a case's `peak_rss_gib`."""
     if jax.default_backend() != "cpu":
         size, dtype = 8192, jnp.bfloat16
     x = jnp.ones((size, size), dtype)
