@@ -47,7 +47,7 @@ class Spec:
         not hold all. XLA divides a plain matmul over more cores."""
         alone = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1 and _one_core()
         size = self.config.vocab_size * self.config.hidden_size * 4
-        return alone and self.head_dtype == jnp.float32 and size > BLOCK_BYTES
+        return alone and size > BLOCK_BYTES
 
 
 def _one_core() -> bool:

@@ -231,8 +231,10 @@ def test_a_head_applied_in_blocks_gives_the_same_rollout(
         config, eos_ids=EOS, pad_id=0, response_len=T, mesh=one_device_mesh, vocab_size=150
     )
     assert sampler.spec.head_in_blocks
+    many = parallel.build_mesh([("fsdp", 8)])
     assert not dataclasses.replace(sampler.spec, head_dtype=jnp.bfloat16).head_in_blocks
     assert not dataclasses.replace(sampler.spec, config=CONFIG).head_in_blocks
+    assert not dataclasses.replace(sampler.spec, mesh=many).head_in_blocks
     out = sampler(params | wide, prompts, jax.random.key(1))
     assert_same_rollout(out, sampled[0])
 

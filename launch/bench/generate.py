@@ -115,13 +115,8 @@ def _gap(a: decode.Drawn, b: decode.Drawn) -> float:
     return float(np.abs(np.where(same, a.logp_sj - b.logp_sj, 0.0)).max())
 
 
-def _matmul(spec, head, hidden_sd):
-    head_dv = head if spec.head_is_dv else head.T
-    return jnp.matmul(hidden_sd.astype(head.dtype), head_dv, preferred_element_type=jnp.float32)
-
-
 def _parts(args, step) -> dict[str, float]:
-    """Milliseconds of a step's parts, each compiled alone; beside them JAX's own."""
+    """Milliseconds of a step's parts, each compiled alone; the draw beside JAX's own."""
     B, V = args.batch, args.vocab
     head = step.weights.head
     hidden = jnp.ones((B, step.spec.config.hidden_size), args.dtype)
@@ -134,7 +129,6 @@ def _parts(args, step) -> dict[str, float]:
             logits,
             bits,
         ),
-        "a plain matmul": (functools.partial(_matmul, step.spec), head, hidden),
         "jax.random.categorical": (jax.random.categorical, jax.random.key(2), logits),
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }
