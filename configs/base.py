@@ -97,7 +97,7 @@ def get_config() -> mlc.ConfigDict:
         grow_steps=0,  # growing_prefix: steps from start to end; 0 = num_steps
         gamma=0.5,  # iw_opd: how much more the first token weighs than the last
     )
-    # The loss on supervised tokens (opd_jax/algorithm/objectives.py).
+    # The loss on supervised tokens (opd_jax/algorithm/head.py).
     c.objective = dict(
         kind="sampled_pg",  # sampled_pg (the paper) | reverse_kl | forward_kl | jsd | cross_entropy
         support="full",  # of the divergences: full | student_k | teacher_k | union

@@ -6,9 +6,9 @@ python -m launch.pretrain --config=configs/tiny.py:student --out=runs/student
 python -m launch.pretrain --config=configs/tiny.py:collapse_student --out=runs/collapse_student
 
 The teacher learns from reference solutions. The students are smaller, stop earlier and learn from
-solutions that slip (opd_jax.task.Style): the one of the quickstart gets 12 % of its results wrong
-and goes on from there as if nothing had happened; `collapse_student` falls into aimless talk after
-its first slip. So the collapse of the second pair is built in, by this recipe, and not found.
+solutions that slip (opd_jax.problems.task.Style): the one of the quickstart gets 12 % of its
+results wrong and goes on as if nothing had happened; `collapse_student` falls into aimless talk
+after its first slip. So the collapse of the second pair is built in, by this recipe, and not found.
 
 Measured with seed 0, held-out problems at temperature 1, 60 per family, each on one busy CPU core:
 

@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
     launcher.initialize(WORKDIR.value)
-    from opd_jax import checkpoint, preemption, train  # after initialize: they touch JAX
+    from opd_jax import train
+    from opd_jax.workdir import checkpoint, preemption
 
     checkpoint.quiet_orbax()
     try:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     launcher.initialize(values.workdir)
     import jax
 
-    from opd_jax import owner, preemption, records
+    from opd_jax.workdir import owner, preemption, records
 
     try:
         found = diagnose(values.config, values.workdir, values.num_batches)
@@ -58,7 +58,8 @@ def diagnose(config, workdir: str, num_batches: int) -> dict:
     """{"groups": name -> figures, "profiles": name -> signal -> mean by relative position}."""
     from etils import epath
 
-    from opd_jax import build, owner
+    from opd_jax import build
+    from opd_jax.workdir import owner
 
     if (epath.Path(workdir) / "metrics.jsonl").exists():
         raise ValueError(
@@ -137,7 +138,7 @@ def rollout_figures(margin_bt, usable_bt, spans_b, valid_bt) -> dict[str, np.nda
 def position_sums(job, rolled, scores, chosen, correct_b) -> dict[str, dict]:
     """Sums and counts by relative position, of all rollouts and of the correct ones."""
     from opd_jax import parallel
-    from opd_jax.algorithm import signals
+    from opd_jax.algorithm import profiles
 
     found = job.token_signals(rolled, scores, chosen)
     wanted = ("margin", "advantage_variance", "abs_advantage", "student_entropy")
@@ -145,7 +146,7 @@ def position_sums(job, rolled, scores, chosen, correct_b) -> dict[str, dict]:
     out = {}
     for name, keep_b in (("all", np.ones_like(correct_b)), ("correct", correct_b)):
         kept = {k: (value, where & keep_b[:, None]) for k, (value, where) in found.items()}
-        sums = signals.by_position(kept, rolled.valid_bt)
+        sums = profiles.by_position(kept, rolled.valid_bt)
         out[name] = {k: parallel.sum_over_feeds(job.mesh, v) for k, v in sums.items()}
     return out
 

@@ -8,7 +8,7 @@
 
 --model is a Hugging Face directory or hub id, or the workdir of a run (its newest checkpoint, or
 --step). Samples go to OUTPUT/BENCHMARK.jsonl, figures to OUTPUT/results.json; the same command goes
-on where it stopped. Benchmarks: launch/benchmarks.py; any of them as NAME=FILE.jsonl.
+on where it stopped. Benchmarks: opd_jax/problems/benchmarks.py; any of them as NAME=FILE.jsonl.
 """
 
 import json
@@ -63,8 +63,7 @@ def run(output) -> dict[str, dict]:
     """Evaluates as the flags say; returns the metrics per benchmark."""
     import jax  # after launcher.initialize
 
-    from launch import benchmarks
-    from opd_jax import verify
+    from opd_jax.problems import benchmarks, verify
 
     chief = jax.process_index() == 0
     directory, step = find_model(MODEL.value)
@@ -104,11 +103,13 @@ def build(verifier, directory, step: int | None):
     """(evaluator, parameters) of --model, a directory or a run's checkpoint `step`, on --mesh."""
     import jax.numpy as jnp
 
-    from opd_jax import evaluate, parallel, rollout, text
+    from opd_jax import parallel
     from opd_jax.model import hf, qwen3
+    from opd_jax.problems.tokenizer import load_tokenizer
+    from opd_jax.stages import evaluate, rollout
 
     mesh = parallel.build_mesh([(axis, int(size)) for axis, size in parse_mesh(MESH.value)])
-    tokenizer = text.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     config = qwen3.Qwen3Config.from_hf(directory)
     parallel.check_model(config, mesh, "model")
     shardings = parallel.shardings(qwen3.param_axes(config), mesh)
@@ -172,7 +173,7 @@ def find_model(name: str):
 def _checkpoints(workdir: str):
     from etils import epath
 
-    from opd_jax import checkpoint
+    from opd_jax.workdir import checkpoint
 
     return checkpoint.Checkpoints(str(epath.Path(workdir) / "checkpoints"), read_only=True)
 
@@ -192,7 +193,7 @@ def sample(evaluator, params, name: str, examples, path, chief: bool) -> list[di
     import jax
     import tqdm
 
-    from opd_jax import records
+    from opd_jax.workdir import records
 
     wanted = {(e.id, i) for e in examples for i in range(NUM_SAMPLES.value)}
     stored = records.read_jsonl(path) if path.exists() else []
@@ -214,7 +215,7 @@ def sample(evaluator, params, name: str, examples, path, chief: bool) -> list[di
 
 
 def summarise(samples: Sequence[dict]) -> dict[str, float]:
-    from opd_jax import evaluate
+    from opd_jax.stages import evaluate
 
     return {k.removeprefix("eval/"): v for k, v in evaluate.summary(samples).items()}
 

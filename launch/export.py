@@ -16,8 +16,8 @@ from absl import flags
 from etils import epath
 
 from launch import config_flags
-from opd_jax import checkpoint, records
 from opd_jax.model import hf, qwen3
+from opd_jax.workdir import checkpoint, records
 
 
 def define_flags() -> None:

@@ -30,7 +30,7 @@ from typing import NoReturn
 import jax
 from absl import flags
 
-from opd_jax import preemption
+from opd_jax.workdir import preemption
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 CONNECT_SECONDS = 300  # how long processes wait for each other at the start
@@ -92,7 +92,7 @@ def initialize(workdir: str) -> None:
         file=sys.stderr,
         flush=True,  # JAX aborts where it cannot reach the coordinator, and Python says no more
     )
-    # JAX's own service would swallow SIGTERM until opd_jax.preemption has installed its handler.
+    # JAX's own service would swallow SIGTERM until workdir.preemption has installed its handler.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -4,8 +4,8 @@
 Plain supervised training from random weights on solutions of the embedded task, all six families:
 cross-entropy on the solution's tokens and the <|im_end|> after it, Muon on the matrices of the
 layers and Adam on the rest. `slip` and `rough` of the config say whether these are reference
-solutions (opd_jax.task.Style). Writes a Hugging Face directory (tokenizer included) and prints the
-accuracy per family on held-out problems, sampled at temperature 1.
+solutions (opd_jax.problems.task.Style). Writes a Hugging Face directory (tokenizer included) and
+prints the accuracy per family on held-out problems, sampled at temperature 1.
 
 Left out: checkpoints on the way. A run that is cut off starts again; it takes minutes.
 """
@@ -23,9 +23,12 @@ import numpy as np
 import optax
 from absl import flags
 
-from launch import config_flags, tiny_tokenizer
-from opd_jax import evaluate, parallel, rollout, task, text, verify
+from launch import config_flags
+from opd_jax import parallel
 from opd_jax.model import hf, qwen3
+from opd_jax.problems import task, tiny_tokenizer, verify
+from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
+from opd_jax.stages import evaluate, rollout
 
 CONFIG = config_flags.define()
 OUT = flags.DEFINE_string("out", None, "directory to write the model to", required=True)
@@ -34,7 +37,7 @@ EVAL_BATCH = 128  # responses sampled at once
 PROMPT_LEN, RESPONSE_LEN = 96, 160  # tokens; every prompt and reference solution fits
 
 
-def encode(tokenizer: text.Tokenizer, example: task.Example) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Tokenizer, example: task.Example) -> tuple[list[int], list[int]]:
     """(prompt ids, solution ids with the end of the turn) of one problem."""
     end = tokenizer.hf.eos_token_id
     return tokenizer.encode_prompt(example.prompt), [*tokenizer.encode(example.solution), end]
@@ -140,10 +143,10 @@ def summary(by_family: dict[str, float]) -> dict[str, float]:
 def main(_):
     with tempfile.TemporaryDirectory() as directory:
         tiny_tokenizer.save(directory)
-        train(CONFIG.value, text.load_tokenizer(directory), directory)
+        train(CONFIG.value, load_tokenizer(directory), directory)
 
 
-def train(config, tokenizer: text.Tokenizer, tokenizer_dir: str) -> None:
+def train(config, tokenizer: Tokenizer, tokenizer_dir: str) -> None:
     """Trains, saves and evaluates one model."""
     vocab_size = tokenizer.vocab_size
     model = qwen3.Qwen3Config(

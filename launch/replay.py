@@ -13,7 +13,8 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from opd_jax import build, checkpoint, faults, records
+from opd_jax import build
+from opd_jax.workdir import checkpoint, faults, records
 
 
 def define_flags() -> None:

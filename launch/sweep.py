@@ -42,7 +42,7 @@ from absl import flags
 from etils import epath
 
 from launch import config_flags, launcher
-from opd_jax import owner, preemption, records
+from opd_jax.workdir import owner, preemption, records
 
 METRIC = "eval/accuracy"
 

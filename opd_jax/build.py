@@ -17,26 +17,16 @@ import optax
 from absl import logging
 from etils import epath
 
-from opd_jax import (
-    checkpoint,
-    contract,
-    data,
-    evaluate,
-    job,
-    owner,
-    packing,
-    parallel,
-    preemption,
-    rollout,
-    score,
-    selection,
-    text,
-    update,
-    verify,
-    writer,
-)
-from opd_jax.algorithm import objectives, selectors
+from opd_jax import job, parallel
+from opd_jax.algorithm import selectors
+from opd_jax.algorithm.objective import Objective, check_models, check_sizes
 from opd_jax.model import hf, qwen3
+from opd_jax.problems import contract, verify
+from opd_jax.problems.datasets import EMBEDDED, build_dataset
+from opd_jax.problems.tokenizer import load_tokenizer
+from opd_jax.stages import evaluate, packing, rollout, score, selection, update
+from opd_jax.stages.prompts import PromptStream
+from opd_jax.workdir import checkpoint, owner, preemption, writer
 
 # What signals and their metrics show beside what selector and objective read.
 WATCHED = frozenset({"teacher_logp_bt", "teacher_logp_btk", "teacher_entropy_bt"})
@@ -53,7 +43,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
 
     models = _models(config)
     student, teacher, reference = models.values()
-    tokenizer = text.load_tokenizer(student.directory)
+    tokenizer = load_tokenizer(student.directory)
     sample, asked = config.rollout.to_dict(), config.data.to_dict()
     batch_size, prompt_len, thinking = (asked[k] for k in ("batch_size", "prompt_len", "thinking"))
     named = [model for model in models.values() if model.path]
@@ -190,7 +180,7 @@ def on_device(
     batch_size: int,
     prompt_len: int,
     sample: dict,
-    objective: objectives.Objective,
+    objective: Objective,
     needs: frozenset[str],
     num_steps: int,
     param_dtype: jnp.dtype,
@@ -208,10 +198,10 @@ def on_device(
     backend = _backend(config.model, mesh)
     inference = dataclasses.replace(backend, remat="none")
     student = models["student"]
-    objectives.check_sizes(objective, sample["num_candidates"], vocab_size)
+    check_sizes(objective, sample["num_candidates"], vocab_size)
     sample = dict(sample)
     sampled_by = sample.pop("by")
-    objectives.check_models(objective, sampled_by, has_reference=models["reference"] is not None)
+    check_models(objective, sampled_by, has_reference=models["reference"] is not None)
     sampler = rollout.build(
         models[sampled_by],
         eos_ids=eos_ids,
@@ -292,11 +282,11 @@ def _models(config) -> dict[str, Source]:
     return {role: Source(role, s.path, s.param_dtype) for role, s in sections.items()}
 
 
-def _prompts(asked: dict, tokenizer, seed: int, feed: parallel.Feed) -> data.PromptStream:
+def _prompts(asked: dict, tokenizer, seed: int, feed: parallel.Feed) -> PromptStream:
     """This host's rows of every batch; `asked` is config.data."""
     asked = dict(asked)
-    source = data.build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error"))
-    return data.PromptStream(
+    source = build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error"))
+    return PromptStream(
         source, tokenizer, **asked, seed=seed, host_index=feed.index, host_count=feed.count
     )
 
@@ -318,11 +308,11 @@ def selector(section) -> selectors.Selector:
     return selectors.build(kind, **{name: knobs[name] for name in known})
 
 
-def objective(section) -> tuple[objectives.Objective, dict]:
+def objective(section) -> tuple[Objective, dict]:
     """The objective, and the knobs of the loss's weights."""
     knobs = section.to_dict()
     loss = {name: knobs.pop(name) for name in ("aggregate", "rescale", "max_rescale")}
-    return objectives.build(**knobs), loss
+    return Objective(**knobs), loss
 
 
 def _prefixed(section, **renamed) -> dict:
@@ -370,11 +360,11 @@ def _optimizer(section, num_steps):
 def _problems(source: str, num: int, num_ood: int) -> dict[str, list]:
     """Held-out problems by metric prefix."""
     wanted = {"": ("heldout", num)} if source and num else {}
-    if source == data.EMBEDDED and num_ood:
+    if source == EMBEDDED and num_ood:
         wanted["ood_"] = ("ood", num_ood)
     sets = {}
     for prefix, (split, most) in wanted.items():
-        problems = data.build_dataset(source, split)
+        problems = build_dataset(source, split)
         sets[prefix] = [problems[i] for i in range(min(most, len(problems)))]
     return sets
 
@@ -386,7 +376,7 @@ def _check_contract(models, tokenizer, thinking, sample, allow) -> list[str]:
     """Raises unless the models speak of the same tokens; what was allowed, a line each."""
     sides = []
     for model in models:
-        own = tokenizer if model.role == "student" else text.load_tokenizer(model.directory)
+        own = tokenizer if model.role == "student" else load_tokenizer(model.directory)
         sides.append(
             contract.Side(
                 name=model.role,

@@ -10,27 +10,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from opd_jax import (
-    checkpoint,
-    data,
-    evaluate,
-    metrics,
-    parallel,
-    preemption,
-    records,
-    rollout,
-    score,
-    selection,
-    summary,
-    task,
-    text,
-    update,
-    verify,
-    watch,
-    writer,
-)
-from opd_jax.algorithm import segments, signals
+from opd_jax import metrics, parallel
+from opd_jax.algorithm import profiles, segments
 from opd_jax.model import hf
+from opd_jax.problems import task, verify
+from opd_jax.problems.tokenizer import Tokenizer
+from opd_jax.stages import evaluate, rollout, score, selection, update
+from opd_jax.stages.prompts import PromptStream
+from opd_jax.workdir import checkpoint, preemption, records, summary, watch, writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Job:
     every: Every
     start: Start
 
-    prompts: data.PromptStream
+    prompts: PromptStream
     sampler: rollout.Sampler
     sampled_by: str  # "student", or "teacher" for supervised training on the teacher's samples
     selection: selection.Stage
@@ -76,7 +63,7 @@ class Job:
     teacher_head_vd: jax.Array | None  # for objectives that read the teacher's hidden states
     reference_params: Any
 
-    tokenizer: text.Tokenizer
+    tokenizer: Tokenizer
     verifier: verify.Verifier
     evaluator: evaluate.Evaluator
     teacher_evaluator: evaluate.Evaluator | None  # None = the teacher is not evaluated
@@ -178,8 +165,8 @@ class Job:
 
     @staticmethod
     def token_signals(rolled, scores, chosen) -> dict:
-        """What can be known of every token of a step; see signals.per_token."""
-        return signals.per_token(
+        """What can be known of every token of a step; see profiles.per_token."""
+        return profiles.per_token(
             usable_bt=chosen.usable_bt,
             supervised_bt=chosen.supervised_bt,
             margin_bt=chosen.margin_bt,
@@ -195,8 +182,8 @@ class Job:
         """Writes WORKDIR/signals and WORKDIR/rollouts of update `step`, where due."""
         if self.every.signals and step % self.every.signals == 0:
             found = self.token_signals(rolled, scores, chosen)
-            by_position = signals.by_position(found, rolled.valid_bt)
-            by_sentence = signals.by_sentence(found, chosen.spans_b, rolled.valid_bt)
+            by_position = profiles.by_position(found, rolled.valid_bt)
+            by_sentence = profiles.by_sentence(found, chosen.spans_b, rolled.valid_bt)
             correct_b = self.correct(prompts, rolled).astype(np.float64)
             if jax.process_count() > 1:
                 total = functools.partial(parallel.sum_over_feeds, self.mesh)

@@ -27,8 +27,9 @@ import time
 import jax
 import ml_collections as mlc
 
-from opd_jax import build, faults, owner, preemption
+from opd_jax import build
 from opd_jax.job import Job
+from opd_jax.workdir import faults, owner, preemption
 
 
 def run(config: mlc.ConfigDict, workdir: str) -> None:

@@ -18,23 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import benchmarks
-from opd_jax import (
-    build,
-    checkpoint,
-    data,
-    evaluate,
-    owner,
-    packing,
-    parallel,
-    rollout,
-    sampling,
-    selection,
-    statistics,
-    task,
-)
-from opd_jax.algorithm import change_point, margin, objectives, segments, selectors
+from opd_jax import build, parallel
+from opd_jax.algorithm import change_point, margin, segments, selectors
+from opd_jax.algorithm.objective import Objective, check_models, check_sizes
 from opd_jax.model import hf, qwen3
+from opd_jax.problems import benchmarks, intervals, task
+from opd_jax.problems.datasets import build_dataset
+from opd_jax.stages import evaluate, packing, rollout, sampling, selection
+from opd_jax.stages.prompts import PromptStream
+from opd_jax.workdir import checkpoint, owner
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -123,7 +115,7 @@ def draw(**given):
 
 
 def prompts(source=("a",), **given):
-    return data.PromptStream(source, None, **dict(batch_size=4, prompt_len=8, seed=0) | given)
+    return PromptStream(source, None, **dict(batch_size=4, prompt_len=8, seed=0) | given)
 
 
 def learning_rate(**given):
@@ -241,7 +233,7 @@ ROWS = [
         (dict(max_rescale=0.5), "max_rescale=0.0"),
     ),
     *knobs(
-        objectives.build,
+        Objective,
         "objective",
         (dict(kind="kl"), "kind=sampled_pg"),
         (dict(kind="jsd", beta=1.5), "beta=0.5"),
@@ -256,9 +248,9 @@ ROWS = [
         (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0"),
         (dict(kind="forward_kl", stop_gradient=True), "stop_gradient=False"),
     ),
-    Row("gamma", "one of the knobs", lambda: objectives.build("jsd", gamma=1.0)),
+    Row("gamma", "one of the knobs", lambda: Objective("jsd", gamma=1.0)),
     *knobs(
-        functools.partial(objectives.check_sizes, objectives.build(), vocab_size=10),
+        functools.partial(check_sizes, Objective(), vocab_size=10),
         "rollout",
         (dict(num_candidates=1), "num_candidates=4"),
         (dict(num_candidates=11), "num_candidates=4"),
@@ -288,14 +280,14 @@ ROWS = [
     Row(
         "--config.data.source=nowhere.jsonl is no file",
         "set it to a JSONL file",
-        lambda: data.build_dataset("nowhere.jsonl"),
+        lambda: build_dataset("nowhere.jsonl"),
     ),
     Row(
         "'ignore'",
         "--config.data.on_error=raise or skip",
-        lambda: data.build_dataset(__file__ + "l", on_error="ignore"),
+        lambda: build_dataset(__file__ + "l", on_error="ignore"),
     ),
-    Row("split 'test'", "train, heldout, ood", lambda: data.build_dataset("embedded", "test")),
+    Row("split 'test'", "train, heldout, ood", lambda: build_dataset("embedded", "test")),
     Row(
         "the prompt of 'long-1' has 9 tokens, more than prompt_len=8",
         "--config.data.prompt_len=9",
@@ -306,7 +298,7 @@ ROWS = [
         "--config.evaluate.num_samples=1",
         lambda: evaluate.check_sizes(5, 0),
     ),
-    Row("k=8 with 4 samples", "--num_samples=8", lambda: statistics.pass_at_k(np.ones((3, 4)), 8)),
+    Row("k=8 with 4 samples", "--num_samples=8", lambda: intervals.pass_at_k(np.ones((3, 4)), 8)),
     Row("livecodebench", "launch.export", lambda: benchmarks.load("livecodebench")),
     Row("HumanEval+", "launch.export", lambda: benchmarks.load("HumanEval+")),
     Row("aime26", "embedded_ood, aime25", lambda: benchmarks.load("aime26")),
@@ -342,7 +334,7 @@ ROWS = [
         lambda: owner.check_num_steps(4, 6, "runs/a"),
     ),
     *knobs(
-        lambda kind, by: objectives.check_models(objectives.build(kind), by, True),
+        lambda kind, by: check_models(Objective(kind), by, True),
         "rollout",
         (dict(kind="sampled_pg", by="teacher"), "by=student"),
         (dict(kind="cross_entropy", by="student"), "by=teacher"),
@@ -356,7 +348,7 @@ ROWS = [
     Row(
         "config.objective.extrapolation=1.25",
         "--config.reference.path=embedded:student",
-        lambda: objectives.check_models(objectives.build(extrapolation=1.25), "student", False),
+        lambda: check_models(Objective(extrapolation=1.25), "student", False),
     ),
 ]
 

@@ -11,7 +11,8 @@ import pytest
 
 from launch import config_flags
 from opd_jax import build
-from opd_jax.algorithm import objectives, selectors
+from opd_jax.algorithm import selectors
+from opd_jax.algorithm.objective import Objective
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_base_holds_every_knob_of_every_selector_at_its_default(kind):
 
 def test_base_holds_every_knob_of_the_objective_at_its_default():
     section = config_flags.load(str(ROOT / "configs/base.py")).objective
-    for field in dataclasses.fields(objectives.Objective):
+    for field in dataclasses.fields(Objective):
         assert section[field.name] == field.default
 
 

@@ -18,8 +18,8 @@ import signal
 
 import pytest
 
-from opd_jax import data
 from opd_jax.model import hf, qwen3
+from opd_jax.problems.datasets import read_jsonl
 from tests.model import tiny_models
 
 ROUNDS = int(os.environ.get("OPD_JAX_FUZZ", 150))
@@ -190,7 +190,7 @@ def test_mutated_lines_are_read_or_refused(tmp_path):
         else:
             file.write_bytes(mutated_bytes(rng, LINES))
         case = f"mutation {number}: {file.read_bytes()[:3000]}"
-        read = check(lambda: data.read_jsonl(str(file)), file, tmp_path, case)
+        read = check(lambda: read_jsonl(str(file)), file, tmp_path, case)
         refused += not read
-        check(lambda: data.read_jsonl(str(file), on_error="skip"), file, tmp_path, case)
+        check(lambda: read_jsonl(str(file), on_error="skip"), file, tmp_path, case)
     assert ROUNDS / 10 < refused < ROUNDS

@@ -6,23 +6,25 @@ import pathlib
 
 import pytest
 
-# The loop, what makes its parts, what it holds, and what it keeps of a bad step.
-TOP = {"train", "build", "job", "faults"}
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "opd_jax"
 
-# Stage -> stages it may import. Everything that is not named here, in algorithm/, in model/ or
-# train.py is support: small modules that know no stage.
-STAGES = {
-    "data": set(),
-    "rollout": set(),
-    "score": set(),
-    "selection": set(),
-    "update": set(),
-    "evaluate": {"rollout"},
-    "checkpoint": set(),
-    "metrics": set(),
+# Room (folder of opd_jax, or module that stands alone) -> rooms it may import beside itself.
+LEAVES = {"structs", "workers", "parallel"}
+ALLOWED = {
+    "structs": set(),
+    "workers": set(),
+    "parallel": set(),
+    "algorithm": set(),
+    "model": {"structs"},
+    "problems": {"structs", "workers"},
+    "workdir": {"structs", "workers", "problems", "parallel"},
+    "stages": {"algorithm", "model", "problems"} | LEAVES,
 }
+TOP = {"train", "build", "job", "metrics"}  # may import every room, and each other
+STAGES_OF_STAGES = {"evaluate": {"rollout"}}  # a stage imports no stage, but for these
+# Modules in stages/ that are parts of stages, not stages.
+PARTS = {"packing", "decode", "sampling"}
 
 
 def modules() -> list[pathlib.Path]:
@@ -48,29 +50,25 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def ours(path: pathlib.Path) -> set[str]:
-    """First names under opd_jax that a module imports: "model", "rollout", ..."""
+    """Rooms and modules of opd_jax that a module imports: "model", "structs", ..."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("opd_jax.")}
 
 
-def allowed(name: str) -> set[str]:
-    head = name.split(".")[0]
-    tops = {name_of(p).split(".")[0] for p in modules()} - {""}
-    support = tops - {"algorithm", "model"} - TOP - set(STAGES)
-    if head in ("", "algorithm"):
-        return {"algorithm"} if head else set()
-    if head == "model":
-        return {"model", "structs"}
-    if head in TOP:
-        return tops
-    if head in STAGES:
-        return STAGES[head] | {"algorithm", "model"} | support
-    return support | {"model"}
-
-
 @pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_a_module_imports_only_what_its_layer_may(path):
-    extra = ours(path) - allowed(name_of(path))
+def test_a_module_imports_only_what_its_room_may(path):
+    room = name_of(path).split(".")[0]
+    if room in TOP:
+        return
+    extra = ours(path) - {room} - (ALLOWED[room] if room else set())
     assert not extra, f"opd_jax/{path.relative_to(PACKAGE)} may not import {sorted(extra)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("[a-z]*.py")), ids=name_of)
+def test_a_stage_imports_no_stage(path):
+    stages = {p.stem for p in path.parent.glob("[a-z]*.py")} - PARTS - {path.stem}
+    found = {n.split(".")[2] for n in imports(path) if n.startswith("opd_jax.stages.")}
+    extra = (found & stages) - STAGES_OF_STAGES.get(path.stem, set())
+    assert not extra, f"opd_jax/stages/{path.name} may not import {sorted(extra)}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import build, checkpoint, faults, preemption, structs, train, writer
+from opd_jax import build, structs, train
 from opd_jax.model import hf
+from opd_jax.workdir import checkpoint, faults, preemption, writer
 from tests import fakes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "step.json"

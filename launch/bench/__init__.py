@@ -37,8 +37,8 @@ Later, the same sizes, as shares of the time of a plain head, calls in turns:
             from two 0.95, eight 0.91, 384 KiB the same); the copy runs at the memory's rate, the
             product at the matmul's. 16 slots 0.80 to 0.93; V = 4,096 0.95. Not kept: for 32 slots
             in two parts 0.88, 64 in three 1.09, one 1.24; bf16 3.7; with two cores, over which XLA
-            divides a matmul, the head alone 1.3 to 1.8, and on one core 1,024 wide 0.99 (both beside
-            other jobs)
+            divides a matmul, the head alone 1.3 to 1.8, and on one core 1,024 wide 0.99 (both
+            beside other jobs)
   scores    computed with columns first, then turned: 0.97 of a token step at V = 4,096, but the
             barrier that this takes stands in the way of training
 

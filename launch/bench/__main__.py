@@ -17,7 +17,7 @@ from launch.bench import flags
 def main(argv: list[str]) -> None:
     args = flags.parse(argv, __doc__)
     flags.pin(args.threads)
-    from launch.bench import cases, measure  # after pin: they import JAX
+    from launch.bench import cases, measure
 
     measure.show(cases.run(args), json_only=args.json)
 

@@ -13,7 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from launch.bench import measure
 from launch.bench.measure import Report
-from opd_jax.algorithm import objectives
+from opd_jax.algorithm.head import head_loss_and_grads
+from opd_jax.algorithm.objective import Objective, Targets
 
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd")
 GIB = 2**30
@@ -24,7 +25,7 @@ def loss_memory_case(args) -> Report:
 
     Nothing runs: the program is compiled for one chip of --topology.
     """
-    from launch.plan import chips  # the TPU compiler, which no other case needs
+    from launch.plan import chips
 
     device = chips.describe(args.topology).devices[0]
     rows = [dict(objective=kind, **_loss_memory(args, kind, device)) for kind in FULL_VOCABULARY]
@@ -45,13 +46,13 @@ def loss_memory_case(args) -> Report:
 
 
 def _loss_memory(args, kind: str, device) -> dict:
-    objective = objectives.build(kind)
+    objective = Objective(kind)
     M, N, V = args.batch, args.new_tokens, args.vocab
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    targets = objectives.Targets(
+    targets = Targets(
         token=array((M, N), jnp.int32),
         weight=array((M, N), jnp.float32),
         sampler_logp=array((M, N), jnp.float32),
@@ -59,7 +60,7 @@ def _loss_memory(args, kind: str, device) -> dict:
     )
 
     def loss(hidden, head, targets, count, teacher_head):
-        return objectives.head_loss_and_grads(
+        return head_loss_and_grads(
             objective, hidden, head, targets, count, teacher_head, chunk=args.head_chunk
         )
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from launch.bench import measure, sizes
 from launch.bench.measure import Report
-from opd_jax import decode, parallel, rollout, sampling
+from opd_jax import parallel
+from opd_jax.stages import decode, rollout, sampling
 
 
 def decode_case(args) -> Report:

@@ -10,8 +10,8 @@ import numpy as np
 
 from launch.bench import measure, sizes
 from launch.bench.measure import Report
-from opd_jax import selection
 from opd_jax.algorithm import selectors
+from opd_jax.stages import selection
 
 # Prose of mathematics as tokens; about every 18th ends a sentence.
 WORDS = "the of we so that x = 2 + n is sum and therefore a let value equals by prime each hence"

@@ -13,9 +13,11 @@ import optax
 
 from launch.bench import generate, measure, sizes
 from launch.bench.measure import Report
-from opd_jax import packing, parallel, rollout, score, selection, structs, update
-from opd_jax.algorithm import objectives, selectors
+from opd_jax import parallel, structs
+from opd_jax.algorithm import selectors
+from opd_jax.algorithm.objective import Objective
 from opd_jax.model import qwen3
+from opd_jax.stages import packing, rollout, score, selection, update
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.13)  # supervised shares of a response, case crop
 UNRELEASED, MEDIAN_RELEASE = 0.21, 0.13  # the paper's mix of release points
@@ -30,7 +32,7 @@ class Stages:
     args: Any
     student: qwen3.Qwen3Config
     teacher: qwen3.Qwen3Config
-    objective: objectives.Objective
+    objective: Objective
     sampler: rollout.Sampler
     score: score.Score
     select: selection.Stage
@@ -47,7 +49,7 @@ def build(args) -> Stages:
     student = sizes.model_config(args.student, args.vocab)
     teacher = sizes.model_config(args.teacher, args.vocab)
     backend = sizes.backend(args, mesh)
-    objective = objectives.build("sampled_pg" if args.objective == "paper" else args.objective)
+    objective = Objective("sampled_pg" if args.objective == "paper" else args.objective)
     select = selection.build(selectors.build("full"), [b"x"] * args.vocab)
     lines, tokens = packing.default_shape(
         prompt_len=args.prompt_len,
@@ -122,7 +124,7 @@ class _Updates:
     """Updates on one random rollout, with any number of supervised tokens per row."""
 
     def __init__(self, args):
-        self.args, self.stages = args, build(args)
+        self.args, self.stages = args, Objective(args)
         self.rollout = sizes.random_rollout(
             args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
         )
@@ -201,7 +203,7 @@ def crop_case(args) -> Report:
 
 def score_case(args) -> Report:
     """The teacher pass over prompts and whole responses."""
-    stages = build(args)
+    stages = Objective(args)
     params = _teacher_params(stages)
     sampled = sizes.random_rollout(
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
@@ -226,7 +228,7 @@ def score_flops(stages: Stages) -> float:
 
 def step_case(args) -> Report:
     """A whole step, everything supervised: seconds of every stage, floor, peak memory."""
-    stages = build(args)
+    stages = Objective(args)
     teacher = _teacher_params(stages)
     params = sizes.random_params(stages.student, args.seed, args.dtype)
     state = stages.update.init(params)

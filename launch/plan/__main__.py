@@ -42,7 +42,7 @@ PACKING = flags.DEFINE_float("packing", 0.9, "assumed share of a micro-batch tha
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
-    from launch.plan import advice, chips, run, search, text  # after the flags: they import JAX
+    from launch.plan import advice, chips, run, search, text
 
     config = CONFIG.value
 

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from opd_jax.hlo_cost import Costs
+from launch.plan.hlo_cost import Costs
 
 GIB = 2**30
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import jax
 from jax.errors import JaxRuntimeError
 
+from launch.plan import hlo, hlo_cost
 from launch.plan.chips import GIB, Slice, roofline
 from launch.plan.stages import Piece
-from opd_jax import hlo, hlo_cost
 
 # What the compiler says when a program alone is larger than the memory.
 _TOO_LARGE = re.compile(

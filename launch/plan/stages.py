@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import decode, packing, parallel, score, structs, update
+from opd_jax import parallel, structs
 from opd_jax.model import qwen3
+from opd_jax.stages import decode, packing, score, update
 
 
 @dataclasses.dataclass(frozen=True)

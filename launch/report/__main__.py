@@ -14,7 +14,8 @@ import argparse
 from etils import epath
 
 from configs import base, study
-from launch.report import collect, evidence, page
+from launch.report import evidence, page
+from launch.study import collect
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from configs import study
 from launch import diagnose
-from launch.report import charts, collect, sections, tables
+from launch.report import charts, sections
+from launch.study import collect, tables
 
 CURVES = ("margin", "advantage_variance", "abs_advantage")
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launch.report import charts, collect, sections
+from launch.report import charts, sections
+from launch.study import collect
 
 HERE = pathlib.Path(__file__).parent
 PAPER = {"release/position_median": "13 %", "bic/gain_above_6": "79 %", "bic/gain_mean": "24.0"}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launch.report import charts, collect
+from launch.report import charts
+from launch.study import collect
 
 SIGNALS = {  # of algorithm/signals.py -> title, axis
     "margin": ("Teacher margin among the student's candidates", "margin, nats"),

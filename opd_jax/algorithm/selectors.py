@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals in, supervised tokens and weights out: the release rule, its controls, its siblings.
 
-To add a selector: a frozen dataclass in siblings.py (or release.py), whose fields are its knobs,
+To add a selector: a frozen dataclass in baselines.py (or release.py), whose fields are its knobs,
 and its name in that file's `SELECTORS`; config.selector.kind then reaches it. Host, numpy.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from opd_jax.algorithm import release, siblings
+from opd_jax.algorithm import baselines, release
 from opd_jax.algorithm.selector import (
     NEEDS,
     Selection,
@@ -40,7 +40,7 @@ __all__ = [
 
 AGGREGATES = ("row_mean", "token_mean")
 RESCALES = ("sequence", "batch", "none")
-SELECTORS = release.SELECTORS | siblings.SELECTORS
+SELECTORS = release.SELECTORS | baselines.SELECTORS
 # Those that look at positions alone, at nothing that a model says.
 POSITIONAL = ("full", "fixed_prefix", "fixed_fraction", "suffix_only", "growing_prefix")
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from opd_jax import records
+from opd_jax.workdir import records
 
 HOSTILE = (
     "</script><script>window.owned = 1</script><img src=x onerror=window.owned=1> & <b>bold</b>"

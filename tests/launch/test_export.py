@@ -8,8 +8,9 @@ import pytest
 from flax import struct
 
 from launch import export
-from opd_jax import checkpoint, records, text
 from opd_jax.model import hf
+from opd_jax.problems.tokenizer import load_tokenizer
+from opd_jax.workdir import checkpoint, records
 
 
 @struct.dataclass
@@ -46,7 +47,7 @@ def test_the_export_is_the_checkpoint(run, tmp_path, step, expected):
         found,
         params,
     )
-    ours, theirs = text.load_tokenizer(output), text.load_tokenizer(hf.resolve("embedded:student"))
+    ours, theirs = load_tokenizer(output), load_tokenizer(hf.resolve("embedded:student"))
     assert ours.token_bytes == theirs.token_bytes and ours.eos_ids == theirs.eos_ids
     assert ours.render("Ann has two plums.") == theirs.render("Ann has two plums.")
 

@@ -13,8 +13,8 @@ import pytest
 from configs import paper
 from launch import config_flags
 from launch.plan import advice, chips, predict, run, search, stages, text
+from launch.plan.hlo_cost import Costs
 from opd_jax import parallel
-from opd_jax.hlo_cost import Costs
 from opd_jax.model import published
 from opd_jax.model.qwen3 import Qwen3Config
 

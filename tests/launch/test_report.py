@@ -12,7 +12,8 @@ import synthetic_runs
 
 from launch import diagnose
 from launch.report import __main__ as report
-from launch.report import charts, collect
+from launch.report import charts
+from launch.study import collect
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import synthetic_runs
 
 from configs import study
 from launch import config_flags, sweep
-from launch import study as study_command
 from launch.report import __main__ as report
-from launch.report import collect, tables
+from launch.study import __main__ as study_command
+from launch.study import collect, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

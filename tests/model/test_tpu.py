@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from opd_jax import hlo, hlo_cost, parallel
+from launch.plan import hlo, hlo_cost
+from opd_jax import parallel
 from opd_jax.model import qwen3
 from opd_jax.model.qwen3 import Backend, Qwen3Config
 

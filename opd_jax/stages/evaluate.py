@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a student: the training sampler and chat template, n samples per problem, verified.
+
+The sampler is given many rows at once and keeps `batch_size` of them in flight, so one long
+response does not hold the others back. A sample depends on the key, the problem's place and its
+index alone: more samples, other batches or more hosts leave it as it is, and an evaluation that was
+cut off can go on.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import parallel, structs
+from opd_jax.problems import intervals, task, verify
+from opd_jax.problems.tokenizer import Tokenizer
+from opd_jax.stages import rollout
+
+CALL_BATCHES = 8  # a call of the sampler takes so many batches of rows: bounds the host's memory
+MAX_PROBLEMS = 1 << 20  # row = index * MAX_PROBLEMS + problem names the sampling key
+MAX_SAMPLES = 1 << 11  # int32
+
+
+def build(
+    sampler: rollout.Sampler,
+    tokenizer: Tokenizer,
+    verifier: verify.Verifier,
+    *,
+    prompt_len: int,
+    batch_size: int,
+    thinking: bool = False,
+) -> "Evaluator":
+    """An evaluator that samples as `sampler` does.
+
+    Args:
+      prompt_len: tokens, chat template included; longer prompts are refused.
+      batch_size: responses in flight, over all hosts.
+      thinking: the chat template's thinking mode.
+    """
+    parallel.check_rows(batch_size, "evaluate.batch_size", sampler.spec.mesh)
+    sampler = dataclasses.replace(sampler, num_slots=batch_size)
+    return Evaluator(sampler, tokenizer, verifier, prompt_len, batch_size, thinking)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """See `build`."""
+
+    sampler: rollout.Sampler
+    tokenizer: Tokenizer
+    verifier: verify.Verifier
+    prompt_len: int
+    batch_size: int
+    thinking: bool
+
+    def __call__(
+        self,
+        params: Any,
+        examples: Sequence[task.Example],
+        num_samples: int,
+        key: jax.Array,
+        prefix: str = "",
+        between: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[str, float], list[dict]]:
+        """Metrics under `eval/PREFIX...` and every sample (see `_sample`), equal on all hosts."""
+        group = prefix.strip("_/")
+        calls = self.calls(params, examples, num_samples, key, group=group, between=between)
+        samples = [sample for call in calls for sample in call]
+        return summary(samples, prefix), samples
+
+    def calls(
+        self,
+        params: Any,
+        examples: Sequence[task.Example],
+        num_samples: int,
+        key: jax.Array,
+        *,
+        group: str = "",
+        done: Collection[tuple[str, int]] = (),
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[list[dict]]:
+        """Samples call by call, every problem's first sample before its second.
+
+        `done` holds (example id, index) pairs to leave out: the others do not change. `between` is
+        called after every chunk of decoding, equally often on all hosts; it may raise to give up.
+        """
+        check_sizes(len(examples), num_samples)
+        ids = [self.tokenizer.encode_prompt(e.prompt, self.thinking) for e in examples]
+        check_prompts(examples, ids, self.prompt_len)
+        done = set(done)
+        todo = [
+            (problem, index)
+            for index in range(num_samples)
+            for problem, example in enumerate(examples)
+            if (example.id, index) not in done
+        ]
+        size = CALL_BATCHES * self.batch_size
+        for start in range(0, len(todo), size):
+            chosen = todo[start : start + size]
+            yield self._call(params, examples, ids, chosen, key, group, between)
+
+    def _call(self, params, examples, ids, chosen, key, group, between) -> list[dict]:
+        """Samples of `chosen` (problem, index) pairs, in their order."""
+        mesh = self.sampler.spec.mesh
+        feed = parallel.feed(mesh)
+        per_feed = -(-len(chosen) // feed.count)
+        # Feeds take equally many rows: the last pair is repeated, with one token to sample.
+        padded = [*chosen, *[chosen[-1]] * (per_feed * feed.count - len(chosen))]
+        own = slice(feed.index * per_feed, (feed.index + 1) * per_feed)
+        real_b = np.arange(len(padded))[own] < len(chosen)
+        prompts = self._prompts(ids, padded[own])
+        limit_b = np.where(real_b, self.sampler.response_len, 1)
+        sampled, _ = self.sampler.run(params, prompts, key, limit_b=limit_b, between=between)
+        responses = self._responses(sampled.tokens_bt, sampled.valid_bt)
+        pairs = [
+            (response if real else "", examples[problem].answer)
+            for response, real, (problem, _) in zip(responses, real_b, padded[own], strict=True)
+        ]
+        correct_b = np.array(self.verifier.are_correct(pairs))
+        rows = (sampled.tokens_bt, sampled.valid_bt, sampled.finished_b, correct_b)
+        tokens_bt, valid_bt, finished_b, correct_b = (parallel.gather_rows(mesh, x) for x in rows)
+        return [
+            self._sample(examples[problem], index, group, response, correct, num, finished)
+            for (problem, index), response, correct, num, finished in zip(
+                chosen,
+                self._responses(tokens_bt, valid_bt),
+                correct_b,
+                valid_bt.sum(axis=1),
+                finished_b,
+                strict=False,  # the repeated pairs at the end are dropped
+            )
+        ]
+
+    def _prompts(self, ids: Sequence[Sequence[int]], chosen: list) -> structs.Prompts:
+        shape = (len(chosen), self.prompt_len)
+        tokens_bp, valid_bp = np.full(shape, self.tokenizer.pad_id, np.int32), np.zeros(shape, bool)
+        for b, (problem, _) in enumerate(chosen):
+            first = self.prompt_len - len(ids[problem])
+            tokens_bp[b, first:], valid_bp[b, first:] = ids[problem], True
+        row_b = np.array([index * MAX_PROBLEMS + problem for problem, index in chosen], np.int32)
+        return structs.Prompts(tokens_bp, valid_bp, row_b)
+
+    def _responses(self, tokens_bt: np.ndarray, valid_bt: np.ndarray) -> list[str]:
+        rows = zip(tokens_bt, valid_bt, strict=True)
+        return [self.tokenizer.decode(tokens_t[valid_t].tolist()) for tokens_t, valid_t in rows]
+
+    def _sample(self, example, index, group, response, correct, num_tokens, finished) -> dict:
+        """Attempt `index` at a problem; `given` is the answer it gave, None when it gave none."""
+        boxed = verify.last_boxed(response)
+        return dict(
+            group=group,
+            family=example.family,
+            example_id=str(example.id),
+            index=int(index),
+            prompt=self.tokenizer.render(example.prompt, self.thinking),
+            response=response,
+            given=None if boxed is None else verify.normalise(boxed),
+            answer=example.answer,
+            correct=bool(correct),
+            num_tokens=int(num_tokens),
+            finished=bool(finished),
+        )
+
+
+# ---------------------------------------------------------------- numbers from samples
+
+
+def summary(samples: Sequence[dict], prefix: str = "") -> dict[str, float]:
+    """Metrics of samples (see `Evaluator`), named `eval/PREFIX...`.
+
+    accuracy is avg@n, the mean over problems of the share of correct samples, with a 95 % bootstrap
+    interval over problems. With n > 1 also unbiased pass@k for k = 2, 4, 8 ... n, and majority@n.
+    Problems that have fewer samples than the others (an evaluation under way) are left out.
+    """
+    correct_pn, given_pn, families = table(samples)
+    num_problems, num_samples = correct_pn.shape
+    if not num_problems:
+        return {}
+    name = f"eval/{prefix}"
+    accuracy = intervals.bootstrap(correct_pn.mean(axis=1))
+    out = {
+        f"{name}accuracy": accuracy.mean,
+        f"{name}accuracy_low": accuracy.low,
+        f"{name}accuracy_high": accuracy.high,
+        f"{name}num_problems": num_problems,
+        f"{name}length_mean": float(np.mean([s["num_tokens"] for s in samples])),
+        f"{name}truncation_rate": float(np.mean([not s["finished"] for s in samples])),
+        f"{name}no_answer_rate": float(np.mean([s["given"] is None for s in samples])),
+    }
+    for family in sorted(set(families)):
+        rows = correct_pn[[f == family for f in families]]
+        out[f"{name}{family}/accuracy"] = float(rows.mean())
+    if num_samples > 1:
+        for k in [
+            *(2**i for i in range(1, num_samples.bit_length()) if 2**i < num_samples),
+            num_samples,
+        ]:
+            out[f"{name}pass_at_{k}"] = float(intervals.pass_at_k(correct_pn, k).mean())
+        majority_p = intervals.majority_at_k(given_pn, correct_pn, num_samples)
+        out[f"{name}majority_at_{num_samples}"] = float(majority_p.mean())
+    return out
+
+
+def table(samples: Sequence[dict]) -> tuple[np.ndarray, list[list], list[str]]:
+    """correct bool[P, n], the given answers and the family of every fully sampled problem."""
+    by_problem = defaultdict(dict)
+    for sample in samples:
+        by_problem[sample["example_id"]][sample["index"]] = sample
+    most = max((len(p) for p in by_problem.values()), default=0)
+    complete = [[p[i] for i in sorted(p)] for p in by_problem.values() if len(p) == most]
+    correct_pn = np.array([[s["correct"] for s in p] for p in complete], bool)
+    given_pn = [[s["given"] for s in p] for p in complete]
+    return correct_pn.reshape(len(complete), most), given_pn, [p[0]["family"] for p in complete]
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_sizes(num_problems: int, num_samples: int) -> None:
+    if not (0 < num_problems <= MAX_PROBLEMS and 0 < num_samples <= MAX_SAMPLES):
+        raise ValueError(
+            f"{num_problems} problems with {num_samples} samples each: an evaluation takes 1 to "
+            f"{MAX_PROBLEMS} problems and 1 to {MAX_SAMPLES} samples, because a row's number names "
+            "its sampling key. Set --config.evaluate.num_samples=1"
+        )
+
+
+def check_prompts(examples, ids: Sequence[Sequence[int]], prompt_len: int) -> None:
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) > prompt_len:
+        raise ValueError(
+            f"the prompt of {examples[longest].id!r} has {len(ids[longest])} tokens, more than "
+            f"prompt_len={prompt_len}: evaluation never cuts a problem. "
+            f"Set --config.data.prompt_len={len(ids[longest])}"
+        )

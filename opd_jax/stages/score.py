@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the teacher and a reference model say of a rollout: inference only, packed like the update.
+
+All valid tokens of a row are scored; the head is applied on response positions alone, a chunk of
+tokens at a time, and only what somebody reads leaves the device. Values that are not finite pass
+through: selection counts and masks them.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from opd_jax import parallel, structs
+from opd_jax.algorithm.head import logprobs
+from opd_jax.model import qwen3
+from opd_jax.stages import packing
+
+IN_FLIGHT = 2  # micro-batches handed to the device before the host waits for an earlier one
+
+TEACHER = {  # what is asked for -> what the device returns
+    "teacher_logp_bt": "logp",
+    "teacher_logp_btk": "candidate_logp",
+    "teacher_entropy_bt": "entropy",
+    "teacher_ids_btk": "top_ids",
+    "teacher_ids_logp_btk": "top_logp",
+    "teacher_hidden_btd": "hidden",
+}
+REFERENCE = {"reference_logp_bt": "logp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A compiled teacher pass; made by `build`."""
+
+    mesh: Mesh
+    backend: qwen3.Backend
+    needs: frozenset[str]  # fields of structs.Scores
+    lines: int  # of a micro-batch on this host
+    tokens: int  # of a line
+    teacher: Callable  # (params, batch) -> dict of arrays [M, N, ...]
+    reference: Callable | None
+
+    def __call__(
+        self, teacher_params: Any, rollout: structs.Rollout, reference_params: Any = None
+    ) -> structs.Scores:
+        """Scores of this host's rows; tokens that are not valid hold 0. Every host calls it.
+
+        Fastest with the parameters of `qwen3.with_own_layers`.
+        """
+        plan = packing.plan(
+            prompt_bp=rollout.prompt_bp,
+            prompt_valid_bp=rollout.prompt_valid_bp,
+            tokens_bt=rollout.tokens_bt,
+            needed_bt=rollout.valid_bt,
+            micro_batch_rows=self.lines,
+            micro_batch_tokens=self.tokens,
+        )
+        passes = [(TEACHER, self.teacher, teacher_params)]
+        if self.reference is not None:
+            passes.append((REFERENCE, self.reference, reference_params))
+        scores = {}
+        for names, model, params in passes:
+            fields = {field: out for field, out in names.items() if field in self.needs}
+            for packed, out in self._run(model, params, plan, rollout):
+                for field, name in fields.items():
+                    into_bt = scores.setdefault(field, _zeros(rollout, out[name]))
+                    packed.scatter(out[name], into_bt)
+        return structs.Scores(**scores)
+
+    def _run(
+        self, model: Callable, params: Any, plan: packing.Plan, rollout: structs.Rollout
+    ) -> Iterator[tuple[packing.Batch, dict[str, np.ndarray]]]:
+        """Micro-batches and what the model says of them; the device works ahead of the host."""
+        running = deque()
+        for u in range(max(1, int(parallel.max_over_hosts(len(plan))))):
+            packed = plan.batch(u)
+            batch = parallel.to_global(self.mesh, make_batch(packed, rollout))
+            running.append((packed, model(params, batch)))
+            if len(running) > IN_FLIGHT:
+                packed, out = running.popleft()
+                yield packed, parallel.to_host(out)
+        for packed, out in running:
+            yield packed, parallel.to_host(out)
+
+
+def build(
+    *,
+    model_config: qwen3.Qwen3Config,
+    backend: qwen3.Backend,
+    mesh: Mesh,
+    needs: Iterable[str],
+    micro_batch_rows: int,
+    micro_batch_tokens: int,
+    chunk: int,
+    num_top: int = 0,
+    vocab_size: int | None = None,
+    reference_config: qwen3.Qwen3Config | None = None,
+) -> Score:
+    """The teacher pass.
+
+    Args:
+      model_config: the teacher's.
+      backend: its `shard` should be `parallel.shard_activations(mesh)`.
+      needs: what selector and objective read; names that are no field of `structs.Scores`
+        ("spans") are other stages' business.
+      micro_batch_rows, micro_batch_tokens: lines of a micro-batch over all hosts, tokens of a line.
+      chunk: tokens whose logits exist at once, per device.
+      num_top: J, size of the teacher's own support (objective.top_k).
+      vocab_size: ids from here on get no probability; None = the teacher's own vocabulary.
+      reference_config: of the reference model, if "reference_logp_bt" is needed.
+    """
+    fields = {field.name for field in dataclasses.fields(structs.Scores)}
+    needs = frozenset(needs) & fields
+    parallel.check_rows(micro_batch_rows, "pack.micro_batch_rows", mesh)
+    parallel.check_model(model_config, mesh, "teacher")
+    knobs = dict(mesh=mesh, backend=backend, chunk=chunk, num_top=num_top)
+    reference = None
+    if not needs.isdisjoint(REFERENCE):
+        parallel.check_model(reference_config, mesh, "reference")
+        outputs = {REFERENCE[name] for name in needs & REFERENCE.keys()}
+        reference = _build_forward(reference_config, outputs, vocab_size=vocab_size, **knobs)
+    outputs = {TEACHER[name] for name in needs & TEACHER.keys()}
+    return Score(
+        mesh=mesh,
+        backend=backend,
+        needs=needs,
+        lines=micro_batch_rows // parallel.feed(mesh).count,
+        tokens=micro_batch_tokens,
+        teacher=_build_forward(model_config, outputs, vocab_size=vocab_size, **knobs),
+        reference=reference,
+    )
+
+
+def make_batch(packed: packing.Batch, rollout: structs.Rollout) -> dict:
+    """What the device needs of one micro-batch; host rows [M, ...]."""
+    return dict(
+        tokens_ml=packed.tokens_ml,
+        positions_ml=packed.positions_ml,
+        segment_ids_ml=packed.segment_ids_ml,
+        index_mn=packed.index_mn,
+        count_m=packed.count_m,
+        token_mn=packed.gather(rollout.tokens_bt),
+        candidates_mnk=packed.gather(rollout.candidates_btk),
+    )
+
+
+def _build_forward(
+    model_config: qwen3.Qwen3Config,
+    outputs: set[str],
+    *,
+    mesh: Mesh,
+    backend: qwen3.Backend,
+    chunk: int,
+    num_top: int,
+    vocab_size: int | None,
+) -> Callable:
+    """Compiled (params, batch) -> {output: [M, N, ...]}, rows divided over the batch axes."""
+    local_chunk = chunk * parallel.num_batch_shards(mesh)  # a chunk takes slots of every line
+
+    def forward(params: Any, batch: dict) -> dict[str, jax.Array]:
+        hidden_mld = qwen3.trunk(
+            model_config,
+            params,
+            batch["tokens_ml"],
+            batch["positions_ml"],
+            batch["segment_ids_ml"],
+            backend,
+        )
+        hidden_mnd = jnp.take_along_axis(hidden_mld, batch["index_mn"][..., None], axis=1)
+        out = {"hidden": hidden_mnd}
+        if outputs - out.keys():
+            head_vd = qwen3.head_vd(model_config, params)
+            out |= logprobs(
+                hidden_mnd,
+                backend.shard(head_vd, ("vocab", None)),  # gathered once, not once per chunk
+                batch["token_mn"],
+                batch["candidates_mnk"] if "candidate_logp" in outputs else None,
+                batch["count_m"],
+                num_top=num_top if outputs & {"top_ids", "top_logp"} else 0,
+                entropy="entropy" in outputs,
+                chunk=local_chunk,
+                vocab_size=vocab_size or model_config.vocab_size,
+            )
+        return {name: out[name] for name in outputs}
+
+    return jax.jit(forward, out_shardings=parallel.batch_sharding(mesh))
+
+
+def _zeros(rollout: structs.Rollout, like_mn: np.ndarray) -> np.ndarray:
+    return np.zeros((*rollout.tokens_bt.shape, *like_mn.shape[2:]), like_mn.dtype)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose workdir it is: who is in it now, the config a run was started with, who started it."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from etils import epath
+
+from opd_jax.workdir import records
+
+LOCK_SECONDS = 10.0  # how long a new run waits for a killed one to be gone
+# Errors of file systems that know no locks (Lustre and some network mounts).
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+# What a run may change when it goes on: it touches nothing that has been computed.
+MAY_CHANGE = (
+    *("num_steps", "log.", "checkpoint.", "segment.num_workers"),
+    *("evaluate.every_steps", "evaluate.teacher"),
+)
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+    """Keeps other runs out of the workdir as long as this one is in it; process 0 does.
+
+    The kernel drops the lock with the process, so nothing is left to clean up after a kill. Not
+    locked are gs:// and other remote paths, and file systems without locks: there it is the user's
+    part to start one run per workdir.
+
+    Raises:
+      ValueError: another run is in it, or it cannot be written.
+    """
+    if "://" in str(workdir) or jax.process_index() != 0:
+        yield
+        return
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, "lock"), "a+")  # not inherited by child processes
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir} must be a directory that can be written ({error}); set --workdir "
+            "to one, as --workdir=runs/mine"
+        ) from error
+    with file:
+        _lock(file, workdir)
+        yield
+
+
+def _lock(file: io.TextIOBase, workdir: str) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--workdir={workdir} is in use: {_holder(file)}. Two runs in one directory "
+                    "would overwrite each other's files. Wait for that one or end it, or set "
+                    f"--workdir to another directory, as --workdir={workdir}_2"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.warning("%s is not locked: its file system has no locks (%s)", workdir, error)
+            break
+    file.truncate(0)
+    about = dict(pid=os.getpid(), host=socket.gethostname(), since=_now())
+    file.write(json.dumps(about))
+    file.flush()
+
+
+def _holder(file: io.TextIOBase) -> str:
+    """Who has locked the file, by what it holds."""
+    file.seek(0)
+    try:
+        about = json.loads(file.read())
+    except json.JSONDecodeError:  # locked a moment ago
+        return "another run has just begun there"
+    return f"process {about['pid']} on {about['host']} has been there since {about['since']}"
+
+
+def check_same_run(config: dict, workdir: epath.Path) -> None:
+    """Raises if the workdir holds a run that is not to go on with `config`.
+
+    A run that ended before its first row of metrics has computed nothing.
+    """
+    if not (workdir / "metrics.jsonl").exists():
+        return
+    if there := records.read_json(workdir, "config.json"):
+        compare(config, there, workdir)
+
+
+def compare(config: dict, there: dict, workdir: epath.Path) -> None:
+    """Raises if a run of config `there` is not to go on with `config`; names the differing keys."""
+    old, new = flatten(there), flatten(config)
+    differ = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key, old)
+    ]
+    if differ:
+        raise ValueError(
+            f"--workdir={workdir} holds a run of another config: a run goes on only as it began. "
+            f"Different are {'; '.join(differ)}. Set --workdir to a new directory, or give these "
+            "keys the values that are there."
+        )
+
+
+def check_num_steps(num_steps: int, done: int, workdir) -> None:
+    """Raises if the run that goes on has done more than it is asked for."""
+    if num_steps < done:
+        raise ValueError(
+            f"config.num_steps={num_steps}, but the run in {workdir} has done {done} updates and "
+            f"cannot undo them. Set --config.num_steps={done} (it ends there) or more"
+        )
+
+
+def _may_change(key: str, config: dict) -> bool:
+    """True = a run of this flat config goes on as it was with another value of `key`."""
+    growing = config.get("selector.kind") == "growing_prefix" and not config.get(
+        "selector.grow_steps"
+    )
+    if key == "num_steps" and (config.get("optim.decay") == "cosine" or growing):
+        return False  # what has been computed followed a schedule of that length
+    return key.startswith(MAY_CHANGE)
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"a.b": value} of a nested dict."""
+    flat = {}
+    for name, value in config.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= {prefix + name: value} if inner is None else inner
+    return flat
+
+
+def claim(workdir: epath.Path, config: dict) -> None:
+    """Writes what was asked (config.json) and who asked (run.json)."""
+    if jax.process_index() != 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    records.write_json(workdir, "config.json", config)
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk")
+    run = dict(
+        started=_now(),
+        commit=commit(),
+        command=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        python=sys.version.split()[0],
+        versions={name: importlib.metadata.version(name) for name in packages},
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        processes=jax.process_count(),
+    )
+    if not (workdir / "run.json").exists():
+        records.write_json(workdir, "run.json", run)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """The source's commit, with "+" when files differ from it; "" outside a git checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    ask = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    try:
+        head = ask([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        dirty = ask([*git, "status", "--porcelain", "-uno"]).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        return ""
+    return head + ("+" if dirty else "")
