@@ -10,15 +10,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "opd_jax"
 
 # Room (folder of opd_jax, or module that stands alone) -> rooms it may import beside itself.
-LEAVES = {"structs", "workers", "parallel"}
+LEAVES = {"structs", "workers", "parallel", "settings"}
 ALLOWED = {
+    "settings": set(),
     "structs": set(),
     "workers": set(),
     "parallel": set(),
-    "algorithm": set(),
-    "model": {"structs"},
-    "problems": {"structs", "workers"},
-    "workdir": {"structs", "workers", "problems", "parallel"},
+    "algorithm": {"settings"},
+    "model": {"structs", "settings"},
+    "problems": {"structs", "workers", "settings"},
+    "workdir": {"problems"} | LEAVES,
     "stages": {"algorithm", "model", "problems"} | LEAVES,
 }
 TOP = {"train", "build", "job", "metrics"}  # may import every room, and each other
