@@ -42,7 +42,7 @@ def choice(default: str, options: Sequence[str]) -> Any:
 class Section:
     """Base of the settings dataclasses. Raises ValueError, naming the flag, when made of bad ones.
 
-    Conditions on several settings at once go into the subclass's `__post_init__`, after `super()`'s.
+    Conditions on several settings at once go into the subclass's `__post_init__`, after super's.
     """
 
     section: ClassVar[str] = ""  # of the config; "" = its top level
