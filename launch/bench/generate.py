@@ -12,6 +12,7 @@ from launch.bench import measure, sizes
 from launch.bench.measure import Report
 from opd_jax import parallel
 from opd_jax.stages import decode, rollout, sampling
+from opd_jax.structs import Vocabulary
 
 
 def decode_case(args) -> Report:
@@ -68,18 +69,14 @@ def decode_case(args) -> Report:
 
 
 def build_sampler(args, config, head_dtype, **changes) -> rollout.Sampler:
-    """Without EOS, so that every row runs to its limit."""
+    """Without EOS, so that every row runs to its limit; `changes` are settings."""
     mesh = sizes.build_mesh(args)
-    settings = dict(
-        eos_ids=(),
-        pad_id=0,
-        response_len=args.new_tokens,
-        mesh=mesh,
-        decode_chunk=args.new_tokens,
-        backend=sizes.backend(args, mesh),
-        head_dtype=head_dtype,
-    )
-    return rollout.build(config, **settings | changes)
+    settings = dict(response_len=args.new_tokens, decode_chunk=args.new_tokens)
+    settings |= dict(head_dtype=jnp.dtype(head_dtype).name)
+    vocabulary = Vocabulary(config.vocab_size, eos_ids=(), pad_id=0)
+    backend = sizes.backend(args, mesh)
+    settings = rollout.Settings(**settings | changes)
+    return rollout.build(config, settings, vocabulary, mesh=mesh, backend=backend)
 
 
 class _DecodeSteps:

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import parallel, structs
+from opd_jax.config import Settings
 from opd_jax.model import qwen3
 from opd_jax.stages import decode, packing, score, update
+from opd_jax.step import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +54,20 @@ class Pieces:
     """Everything a step compiles.
 
     Args:
-      device: sampler, score and update of the run (`build.on_device`).
+      device: the run's stages (`build.stages`).
+      given: the config.
       student, teacher, reference: parameters as ShapeDtypeStructs with their shardings; there may
         be no reference (None).
-      batch_size: prompts per step, over all hosts.
-      prompt_len: tokens.
-      head_chunk: tokens whose logits exist at once, per device.
     """
 
     def __init__(
-        self, device, *, student, teacher, reference, batch_size, prompt_len, head_chunk, assume
+        self, device: Stages, given: Settings, assume: Assumptions, *, student, teacher, reference
     ):
         self.device, self.assume = device, assume
-        self.batch_size, self.prompt_len, self.head_chunk = batch_size, prompt_len, head_chunk
+        self.batch_size, self.prompt_len = given.data.batch_size, given.data.prompt_len
+        self.head_chunk = given.pack.head_chunk
         self.teacher, self.reference = teacher, reference
-        self.mesh = device.update.mesh
+        self.mesh = device.mesh
         state = jax.eval_shape(device.update.init, student)
         self.state = with_shardings(state, device.update.shardings)
         self.frozen = device_bytes((teacher, reference))  # models that are never updated

@@ -7,8 +7,6 @@ all hosts, R prompts of a refill, J steps of a chunk, C columns of the cache, K 
 
 import dataclasses
 import functools
-import math
-import os
 from typing import Any
 
 import jax
@@ -19,8 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from opd_jax import parallel
 from opd_jax.model import qwen3
 from opd_jax.stages import sampling
-
-BLOCK_BYTES = 2**19  # of a head on a CPU: a share of one core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +38,6 @@ class Spec:
         """The head is stored transposed: only the CPU's bf16 matmul is slow otherwise."""
         return parallel.platform(self.mesh) == "cpu" and self.head_dtype == jnp.bfloat16
 
-    @property
-    def head_in_blocks(self) -> bool:
-        """`product_in_blocks` is faster for 2 to 24 rows: in float32, on one core, whose cache does
-        not hold all. XLA divides a plain matmul over more cores."""
-        alone = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1 and _one_core()
-        size = self.config.vocab_size * self.config.hidden_size * 4
-        return alone and size > BLOCK_BYTES
-
-
-def _one_core() -> bool:
-    """Only Linux says which cores the process may use; elsewhere it has several."""
-    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
-
 
 @struct.dataclass
 class Weights:
@@ -66,12 +49,10 @@ class Weights:
 
 @struct.dataclass
 class Slots:
-    """S rows being decoded. A free slot keeps stepping in place; what it writes nobody reads."""
+    """S rows being decoded. Free slots still run every step; their output is ignored."""
 
     cache: qwen3.Cache  # columns before position_s are written
-    token_s: (
-        jax.Array
-    )  # int32[S], the next token to feed: the last of the prompt, then the last drawn
+    token_s: jax.Array  # int32[S], fed next: the last of the prompt, then the last drawn
     position_s: jax.Array  # int32[S], its column
     t_s: jax.Array  # int32[S], response token that is drawn next
     limit_s: jax.Array  # int32[S], response tokens at most
@@ -280,32 +261,6 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
 def logits(spec, head, hidden_sd) -> jax.Array:
     """float32[S, V]. Whole rows: the sums of `sampling` would cross shards at every step."""
     hidden_sd = hidden_sd.astype(head.dtype)
-    if spec.head_in_blocks and 2 <= len(hidden_sd) <= 24:  # XLA would pack a block for more rows
-        return product_in_blocks(hidden_sd, head)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
     logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
     return spec.backend.shard(logits_sv, ("batch", None))
-
-
-def product_in_blocks(hidden_sd, head_vd, block_bytes=BLOCK_BYTES) -> jax.Array:
-    """float32[S, V], `hidden_sd @ head_vd.T` by blocks of the head that a core's cache holds.
-
-    A matmul packs the whole head for a few rows at every step. Here blocks are copied to the cache
-    and read there as they lie; their rows come from four places at once, which memory answers
-    faster than one.
-    """
-    (S, D), V = hidden_sd.shape, len(head_vd)
-    places = math.gcd(V, 4)
-    head_pnd = head_vd.reshape(places, -1, D)
-    N = head_pnd.shape[1]
-    width = min(N, max(1, block_bytes // (places * D * head_vd.dtype.itemsize)))
-
-    def block(i, logits_spn):
-        start = i * width  # both slices move the last one back to where it ends with the head
-        block_pwd = jax.lax.dynamic_slice_in_dim(head_pnd, start, width, axis=1)
-        block_wpd = block_pwd.transpose(1, 0, 2)  # the copy, and from four places
-        product_spw = jnp.einsum("sd,wpd->spw", hidden_sd, block_wpd)
-        return jax.lax.dynamic_update_slice_in_dim(logits_spn, product_spw, start, axis=2)
-
-    zeros = jnp.zeros((S, places, N), jnp.float32)
-    return jax.lax.fori_loop(0, -(-N // width), block, zeros).reshape(S, V)
