@@ -53,7 +53,9 @@ def make(
     """The report of some runs and diagnoses (collect.find_*) as HTML text."""
     trajectories, left_out = collect.trajectories(runs, limit, max_tokens)
     order = {name: i for i, name in enumerate(study.ARMS)}
-    arms = sorted(collect.arms(runs, study.arm_of), key=lambda arm: order.get(arm.label, 0))
+    arms = sorted(
+        collect.arms(runs, study.arm_of), key=lambda arm: order.get(arm.label, len(order))
+    )
     return page.build(
         runs,
         arms,

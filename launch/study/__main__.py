@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a study: arms against full OPD and the best fixed prefix, paired by seed.
+"""The tables of a study: every arm against full OPD and the best fixed prefix, paired by seed.
 
   python -m launch.study --workdir=runs/study
   python -m launch.study --results=configs/results/collapse --results=configs/results/natural \\
       --readme=README.md
 
-From a workdir of runs (configs/study.py) it also writes WORKDIR/study.json, the few numbers that
-the tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under
-the name of its folder; a diagnosis.json there (launch.diagnose) is shown too. --readme puts it all
+Arms of configs/study.py have the names given there, any other arm is named by the keys in which it
+differs. From a workdir of runs the command also writes WORKDIR/study.json, the few numbers that the
+tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under the
+name of its folder; a diagnosis.json there (launch.diagnose) is shown too. --readme puts it all
 between two marks <!-- study --> of a Markdown file.
 """
 
@@ -52,7 +53,8 @@ def of_workdir(workdir: str) -> str:
     stored, workdir = read_runs(workdir), epath.Path(workdir)
     text = as_markdown(stored, {})
     lines = ",\n".join(json.dumps(run) for run in stored["runs"])
-    (workdir / "study.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    unfinished = json.dumps(stored["unfinished"])
+    (workdir / "study.json").write_text(f'{{"unfinished": {unfinished}, "runs": [\n{lines}\n]}}\n')
     (workdir / "study.md").write_text(text)
     return text
 
@@ -101,8 +103,9 @@ def read_runs(workdir: str) -> dict:
     stored = tables.results(collect.find_runs([workdir], with_signals=False), arms.arm_of)
     if not stored["runs"]:
         raise ValueError(
-            f"no run below {workdir} is finished and of an arm of configs/study.py; run "
-            f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` first"
+            f"no run below {workdir} is finished, and tables compare finished runs. Run "
+            f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` to the end, "
+            "or set --workdir to a folder of finished runs"
         )
     return stored
 
