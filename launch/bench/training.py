@@ -124,7 +124,7 @@ class _Updates:
     """Updates on one random rollout, with any number of supervised tokens per row."""
 
     def __init__(self, args):
-        self.args, self.stages = args, Objective(args)
+        self.args, self.stages = args, build(args)
         self.rollout = sizes.random_rollout(
             args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
         )
@@ -203,7 +203,7 @@ def crop_case(args) -> Report:
 
 def score_case(args) -> Report:
     """The teacher pass over prompts and whole responses."""
-    stages = Objective(args)
+    stages = build(args)
     params = _teacher_params(stages)
     sampled = sizes.random_rollout(
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
@@ -228,7 +228,7 @@ def score_flops(stages: Stages) -> float:
 
 def step_case(args) -> Report:
     """A whole step, everything supervised: seconds of every stage, floor, peak memory."""
-    stages = Objective(args)
+    stages = build(args)
     teacher = _teacher_params(stages)
     params = sizes.random_params(stages.student, args.seed, args.dtype)
     state = stages.update.init(params)

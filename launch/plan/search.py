@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 
 import ml_collections as mlc
 
-from launch import config_flags
+from launch import columns, config_flags
 from launch.plan import text
+from launch.plan.chips import GIB
 from launch.plan.text import Plan
 
 _TENSOR, _EXPERT = (1, 2, 4, 8), (1, 4, 16)
@@ -77,10 +78,10 @@ def as_table(found: list[tuple[Element, Plan]]) -> str:
     for element, plan in found:
         largest = max(stage.hbm_bytes for stage in plan.stages.values())
         seconds = "-" if plan.step_seconds is None else f"{plan.step_seconds:.4g}"
-        sizes = [f"{number / text.GIB:.2f}" for number in (largest, plan.chips.hbm_bytes)]
+        sizes = [f"{number / GIB:.2f}" for number in (largest, plan.chips.hbm_bytes)]
         rows.append([_flags(element), "yes" if plan.fits else "no", *sizes, seconds])
     return "\n".join(
-        [*text.aligned(rows), "", "predicted; the first line is the fastest that fits"]
+        [columns.align(rows), "", "predicted; the first line is the fastest that fits"]
     )
 
 

@@ -14,12 +14,13 @@ between two marks <!-- study --> of a Markdown file.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from etils import epath
 
 from configs import study as arms
-from launch import diagnose
+from launch import config_flags, diagnose
 from launch.study import collect, tables
 
 MARK = "<!-- study -->"
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         "--results", action="append", help="a folder with study.json, diagnosis.json or both"
     )
     parser.add_argument("--readme", default="", help="Markdown file to write the tables into")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(config_flags.expand_home(sys.argv[1:] if argv is None else argv))
     try:
         text = of_workdir(args.workdir) if args.workdir else of_results(args.results)
     except ValueError as error:

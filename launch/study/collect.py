@@ -5,12 +5,13 @@ A run is a directory with metrics.jsonl. Runs whose configs differ in the seed a
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from etils import epath
 
+from launch import config_flags
 from opd_jax.problems import intervals
 from opd_jax.workdir import records
 
@@ -172,7 +173,7 @@ def read_run(path, name: str, with_signals: bool = True) -> Run:
     return Run(
         name=name,
         path=path,
-        config=flatten(records.read_json(path, "config.json")),
+        config=config_flags.flatten(records.read_json(path, "config.json")),
         info=records.read_json(path, "run.json"),
         rows=with_totals(records.read_metrics(path)),
         signals=list(records.read_signals(path)) if with_signals else [],
@@ -193,16 +194,6 @@ def with_totals(rows: Sequence[dict]) -> list[dict]:
         seconds += 0.0 if not is_finite(taken) else taken if taken <= 3 * median else median
         tokens += row.get("tokens/supervised") or 0.0
         out.append({**row, "total/seconds": seconds, "total/supervised_tokens": tokens})
-    return out
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
     return out
 
 

@@ -107,7 +107,7 @@ def test_every_arm_is_a_valid_config_that_is_known_again(variant):
     names = []
     for element in elements[: len(arms)]:  # one seed: applying overrides takes a while
         resolved = config_flags.apply_overrides(config, element)
-        flat = collect.flatten(json.loads(json.dumps(resolved.to_dict())))
+        flat = config_flags.flatten(json.loads(json.dumps(resolved.to_dict())))
         names.append(study.arm_of(flat))
     assert names == list(arms)
     assert len({sweep.directory_name(e) for e in elements}) == len(elements)
@@ -121,7 +121,7 @@ def test_the_baselines_are_arms():
 
 
 def test_a_config_of_no_arm_is_none():
-    flat = collect.flatten(study.get_config().to_dict())
+    flat = config_flags.flatten(study.get_config().to_dict())
     assert study.arm_of(flat) == study.RULE
     assert study.arm_of(flat | {"selector.kind": "tip"}) is None
     assert study.arm_of({}) is None
