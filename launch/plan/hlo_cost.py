@@ -237,12 +237,18 @@ class _Counter:
         return total
 
     def _is_view(self, op: hlo.Op, position: int) -> bool:
-        """True = a fusion, inside another, whose result is that operand in another tiling."""
-        aliased = op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ")
-        if op.opcode != "fusion" or aliased != str(position):
+        """True = a fusion, inside another, whose result is that operand in another shape or tiling.
+
+        What reads the result then reads the operand.
+        """
+        if op.opcode != "fusion":
             return False
         inner = self.module.computations[op.called[0]]
-        return all(x.opcode in ("parameter", "copy", "bitcast") for x in inner.ops.values())
+        inside = {x.opcode for x in inner.ops.values()}
+        aliased = op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ")
+        return inside <= {"parameter", "bitcast"} or (
+            aliased == str(position) and inside <= {"parameter", "copy", "bitcast"}
+        )
 
     def _read(self, computation, name: str, user: hlo.Op, position: int, fused_in=False) -> float:
         """Bytes that `user` reads of its operand."""
@@ -385,12 +391,20 @@ def device_group(op: hlo.Op, num_partitions: int) -> tuple[int, ...]:
 
 
 def _mesh_group(text: str) -> tuple[int, ...]:
-    """replica_groups=mesh['a'=4,'b'=2] {'a'}: the devices along the named axes."""
+    """replica_groups=mesh['a'=4,'b'=2] {'a'}: the devices along the named axes.
+
+    A mesh in another order says which device stands where: device_ids=([2,4]T(1,0)), or a list.
+    """
     axes = re.findall(r"'(\w+)'=(\d+)", text)
     named = re.findall(r"'(\w+)'(?!=)(?::\((\d+)\)(\d+))?", text[text.index("]") + 1 :])
-    if "device_ids" in text:
-        raise ValueError(f"a collective over a mesh with its own device order is not read: {text}")
-    grid = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
+    sizes = [int(n) for _, n in axes]
+    grid = np.arange(math.prod(sizes))
+    order = re.search(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", text)
+    if order:
+        grid = _iota(order[1], order[2]) if order[1] else np.array(_ints(order[3]))
+    elif "device_ids" in text:
+        raise ValueError(f"the device order of a collective's mesh is not read: {text}")
+    grid = grid.reshape(sizes)
     index = [0] * len(axes)
     for name, before, size in named:
         axis = [axis for axis, _ in axes].index(name)

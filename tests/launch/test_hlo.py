@@ -153,6 +153,34 @@ def test_a_slice_of_a_view_in_another_tiling_reads_the_slice():
     assert read == [layer, whole, whole]
 
 
+HEAD = """\
+HloModule m, is_scheduled=true
+
+%bits (p: bf16[4096,64]) -> bf16[4096,64] {
+  %p = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %bitcast = bf16[4096,64]{1,0:T(8,128)(2,1)} bitcast(%p)
+}
+
+%logits (head: bf16[4096,64], hidden: bf16[4,64]) -> f32[4,4096] {
+  %head = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %same = bf16[4096,64]{1,0:T(8,128)(2,1)} fusion(%head), kind=kLoop, calls=%bits
+  %hidden = bf16[4,64]{1,0:T(4,128)(2,1)} parameter(1)
+  ROOT %product = f32[4,4096]{1,0:T(4,128)S(1)} convolution(%hidden, %same), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (head: bf16[4096,64], hidden: bf16[4,64]) -> f32[4,4096] {
+  %head = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %hidden = bf16[4,64]{1,0:T(4,128)(2,1)} parameter(1)
+  ROOT %out = f32[4,4096]{1,0:T(4,128)S(1)} fusion(%head, %hidden), kind=kOutput, calls=%logits
+}
+"""
+
+
+def test_a_head_behind_a_fusion_of_bitcasts_is_read():
+    """As TPUs decode: one read of the vocabulary head a token step, which was counted as nothing."""
+    assert hlo_cost.count(hlo.parse(HEAD)).hbm_bytes == 2 * (4096 * 64 + 4 * 64)
+
+
 @pytest.mark.parametrize("replicated", [False, True])
 def test_a_device_counts_its_share_or_all_of_what_is_replicated(replicated):
     mesh = _cpu_mesh()
@@ -188,6 +216,10 @@ def test_collectives_by_kind_and_group():
         ("mesh['a'=4,'b'=2] {'b'}", (0, 1)),
         ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", (0, 1, 4, 5)),
         ("mesh['a'=4,'b'=2] {'a':(2)2}", (0, 2)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("mesh['a'=4,'b'=2], device_ids=([8]) {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2], device_ids=(7,6,5,4,3,2,1,0) {'a':(1)2}", (7, 3)),
     ],
 )
 def test_replica_groups_in_every_spelling(text, group):
