@@ -284,6 +284,8 @@ def logits(spec, head, hidden_sd) -> jax.Array:
         return product_in_blocks(hidden_sd, head)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
     logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
+    # In two steps: in one, XLA would gather the head at every token in place of the logits.
+    logits_sv = spec.backend.shard(logits_sv, ("batch", "vocab"))
     return spec.backend.shard(logits_sv, ("batch", None))
 
 
