@@ -138,7 +138,7 @@ def _gib(num_bytes: float | None) -> str:
 
 def _summary(plan: Plan) -> str:
     if plan.step_seconds is None:
-        return "nothing: a stage does not compile"
+        return "nothing: a stage does not fit"
     return (
         f"{plan.step_seconds:.4g} s per step, {plan.utilisation:.0%} of peak FLOP/s, "
         f"{plan.tokens_per_second_per_chip:.4g} response tokens/s/chip, "
