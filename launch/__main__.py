@@ -21,9 +21,7 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     launcher.initialize(WORKDIR.value)
     from opd_jax import train
     from opd_jax.workdir import checkpoint, preemption

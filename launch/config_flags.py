@@ -23,8 +23,10 @@ Each raises ConfigError (a ValueError).
 """
 
 import difflib
+import functools
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import shlex
@@ -77,14 +79,24 @@ def define(
     return holder
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown."""
-    app.run(main, flags_parser=_parse_or_exit)
+def run(main: Callable[[list[str]], Any], takes_arguments: bool = False) -> None:
+    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown.
+
+    Args:
+      takes_arguments: whether arguments that are no flags, or follow `--`, go to `main`; otherwise
+        they are refused.
+    """
+    app.run(main, flags_parser=functools.partial(_parse_or_exit, takes_arguments=takes_arguments))
 
 
-def _parse_or_exit(argv: list[str]) -> list[str]:
+def _parse_or_exit(argv: list[str], takes_arguments: bool) -> list[str]:
     try:
         left = parse(argv)
+        if len(left) > 1 and not takes_arguments:
+            raise ConfigError(
+                f"{shlex.join(left[1:])} is no flag: flags are written --NAME=VALUE, in quotes "
+                "where the value holds spaces"
+            )
     except flags.Error as error:
         sys.exit(f"ERROR: {error}\nSee --help for the flags.")
     # absl would go on to show every library's INFO lines; --verbosity=0 still does.
@@ -113,6 +125,7 @@ def parse(
       ConfigError: a config file, variant, key or value that cannot be used.
       flags.Error: any other flag that cannot be used.
     """
+    argv = expand_home(argv)
     path, keys = _config_arguments(argv)
     if path is None:
         if keys:
@@ -130,6 +143,16 @@ def parse(
         return flag_values(argv, known_only=known_only)
     except flags.IllegalFlagValueError as error:
         raise _wrong_value(config, error) from None
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """--FLAG=~/DIR with the home directory in place of ~, which a shell leaves after a "="."""
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is another command's
+    home = re.compile(r"(--?[^=]+=)(~.*)", re.DOTALL)
+    return [
+        match[1] + os.path.expanduser(match[2]) if i < end and (match := home.fullmatch(x)) else x
+        for i, x in enumerate(argv)
+    ]
 
 
 def load(path: str) -> mlc.ConfigDict:
@@ -208,11 +231,11 @@ def check_key(config: mlc.ConfigDict, key: str) -> None:
         )
 
 
-def flatten(config: mlc.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of every value in a config."""
+def flatten(config: mlc.ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of every value in a config or a nested dict."""
     flat = {}
     for name, value in config.items():
-        is_section = isinstance(value, mlc.ConfigDict)
+        is_section = isinstance(value, mlc.ConfigDict | Mapping)
         flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
     return flat
 

@@ -18,10 +18,10 @@ import sys
 import numpy as np
 from absl import flags
 
-from launch import config_flags, launcher
+from launch import columns, config_flags, launcher
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
 PAPER = ("the paper, Qwen3-1.7B", "", "", "", "79 %", "24.0", "13 %", "", "", "")
-STRONG = 6.0  # nats of BIC gain the paper calls significant
 SIDES = (1, 3)  # least segments on either side of a change: the paper's letter, and our advice
 
 
@@ -32,9 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_batches", 8, "batches of config.data.batch_size prompts", 1)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     values = flags.FLAGS
     launcher.initialize(values.workdir)
     import jax
@@ -176,7 +174,7 @@ def figures(table: dict, where=slice(None), kind: str = "") -> dict:
     for side in SIDES:
         gain, position = (table[f"{kind}{name}_{side}"][where] for name in ("gain", "position"))
         finite = np.isfinite(gain)
-        out[f"above_6_min_side_{side}"] = _mean(gain > STRONG)
+        out[f"above_6_min_side_{side}"] = _mean(gain > STRONG_GAIN)
         out[f"gain_mean_min_side_{side}"] = _mean(gain[finite])
         released = position[np.isfinite(position)]
         out[f"released_min_side_{side}"] = _mean(np.isfinite(position))
@@ -242,15 +240,7 @@ def _percent(share: float | None) -> str:
 
 def as_text(found: dict) -> str:
     head, rows = table(found)
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    )
-    return "\n".join(lines)
+    return columns.align([head, *rows])
 
 
 if __name__ == "__main__":

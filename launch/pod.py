@@ -334,4 +334,4 @@ def resolve_commit(name: str) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    config_flags.run(main)
+    config_flags.run(main, takes_arguments=True)

@@ -41,7 +41,7 @@ import ml_collections as mlc
 from absl import flags
 from etils import epath
 
-from launch import config_flags, launcher
+from launch import columns, config_flags, launcher
 from opd_jax.workdir import owner, preemption, records
 
 METRIC = "eval/accuracy"
@@ -240,6 +240,9 @@ class Runner:
                 process.terminate()
                 num_sent += 1
             time.sleep(0.1)
+        ended = f"exit {process.returncode}" if process.returncode else "end"
+        # Here, not where the caller learns of it: by then the next run has started.
+        print(f"{ended:7} {run.name}  {outcome(run).status}\n", end="", flush=True)
         return process.returncode
 
 
@@ -277,17 +280,7 @@ def table(runs: Sequence[Run]) -> str:
                 f"{max(last):.4f}" if last else "-",
             )
         )
-    return f"{METRIC} after the last update\n{align(rows)}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, the rest (numbers) to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    return f"{METRIC} after the last update\n{columns.align(rows)}"
 
 
 def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
@@ -304,9 +297,7 @@ def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
     path.write_text(text.getvalue())
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; quote a --sweep that holds spaces")
+def main(_) -> None:
     values = flags.FLAGS
     path, shared = values["config"].config_filename, values["config"].override_values
     try:
@@ -318,7 +309,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"ERROR: {error}")
     jobs = [(run, command(run, path, shared, _launcher_flags())) for run in runs]
     if values.list:
-        print(align([("run", "state"), *((run.name, outcome(run).status) for run in runs)]))
+        print(columns.align([("run", "state"), *((run.name, outcome(run).status) for run in runs)]))
     elif values.print_commands or _on_several_hosts(os.environ):
         print("\n".join(shlex.join(line) for _, line in jobs))
     else:
@@ -344,8 +335,6 @@ def run_all(jobs: Sequence[tuple[Run, list[str]]], num_jobs: int, workdir: str) 
     todo = [(run, line) for run, line in jobs if outcome(run).status != "finished"]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before")
     for run, status in runner(todo):
-        state = outcome(run).status
-        print(f"{'end' if status == 0 else f'exit {status}':7} {run.name}  {state}", flush=True)
         if status not in (0, preemption.EXIT_PREEMPTED) and not runner.stopping:
             failed.append(run)
     runs = [run for run, _ in jobs]

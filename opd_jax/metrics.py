@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from opd_jax import structs
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
 NGRAM = 4  # tokens; the repetition rate counts repeated runs of this many
-STRONG_GAIN = 6.0  # nats of BIC gain the paper calls significant
 
 
 def row_table(

@@ -13,11 +13,11 @@ from jax.sharding import SingleDeviceSharding
 
 from launch.bench import measure
 from launch.bench.measure import Report
+from launch.plan.chips import GIB
 from opd_jax.algorithm.head import head_loss_and_grads
 from opd_jax.algorithm.objective import Objective, Targets
 
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd")
-GIB = 2**30
 
 
 def loss_memory_case(args) -> Report:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from launch.plan.chips import CHIPS
+from launch import columns
+from launch.plan.chips import CHIPS, GIB
 
 # Device kind as JAX names it -> peak FLOP/s in bf16 (dense) and bytes/s of its memory.
 # GPUs: NVIDIA's data sheets of the SXM parts; TPUs: launch/plan/chips.py.
@@ -120,36 +121,28 @@ def utilisation(flops: float = 0.0, num_bytes: float = 0.0, seconds: float = 1.0
 
 def peak_rss_gib() -> float:
     """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def peak_device_gib() -> float | None:
     """Highest memory in use on the default device; None where it does not say."""
     stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] / 2**30 if stats else None
+    return stats["peak_bytes_in_use"] / GIB if stats else None
 
 
 def show(report: Report, *, json_only: bool) -> None:
     """The table, the notes, and the JSON object as the last line."""
     if not json_only:
-        print("\n".join(table(report.rows)))
+        print(table(report.rows))
         for note in report.notes:
             print(note)
     print(json.dumps({k: _plain(v) for k, v in report.result.items()}))
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """Aligned columns; a row may lack some."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    return columns.align([names, *([_cell(row.get(name)) for name in names] for row in rows)])
 
 
 def _cell(value) -> str:

@@ -39,9 +39,7 @@ POSITION = flags.DEFINE_float(
 PACKING = flags.DEFINE_float("packing", 0.9, "assumed share of a micro-batch that is real", 0.01, 1)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     from launch.plan import advice, chips, run, search, text
 
     config = CONFIG.value

@@ -34,9 +34,14 @@ def assumptions(config: mlc.ConfigDict, **given) -> stages.Assumptions:
 
 
 def plan(config: mlc.ConfigDict, slice_: chips.Slice, assume: stages.Assumptions, report) -> Plan:
-    """Compiles every stage of `config` for a slice. Raises ValueError before it compiles."""
+    """Compiles every stage of `config` for a slice, unless arithmetic shows that one cannot fit.
+
+    Raises ValueError before it compiles.
+    """
     mesh = parallel.build_mesh(config.mesh, list(slice_.devices))
-    found = predict.predict(pieces(config, mesh, assume), slice_, list(mesh.devices.flat), report)
+    step = pieces(config, mesh, assume)
+    found = predict.by_arithmetic(step.least(), slice_)
+    found = found or predict.predict(step, slice_, list(mesh.devices.flat), report)
     tokens = config.data.batch_size * assume.response_mean
     return Plan(slice_, dict(mesh.shape), found, tokens, describe(assume))
 
@@ -46,7 +51,7 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
     given = read(config)
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
     named = build.models(given)
-    models = {role: model_config(source.path) for role, source in named.items()}
+    models = {role: model_config(source.path, role) for role, source in named.items()}
     vocabulary = Vocabulary(models["student"].vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
     params = {
         role: model and place(model, named[role].param_dtype, mesh)
@@ -56,16 +61,20 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
     return stages.Pieces(parts, given, assume, **params)
 
 
-def model_config(name: str) -> qwen3.Qwen3Config | None:
+def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:
     """Shape of a model: known by heart for published hub ids, read from a directory otherwise."""
     if not name:
         return None
-    return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
+    try:
+        return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--config.{role}.path={name} cannot be read: {error}") from error
 
 
 def num_experts(config: mlc.ConfigDict) -> int:
     """The most that a model of the config has; 0 = all are dense."""
-    models = (model_config(config[role].path) for role in ("student", "teacher", "reference"))
+    roles = ("student", "teacher", "reference")
+    models = (model_config(config[role].path, role) for role in roles)
     return max(model.num_experts for model in models if model)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from opd_jax import parallel, structs
 from opd_jax.config import Settings
@@ -78,6 +79,32 @@ class Pieces:
         yield self._score()
         yield self._accumulate()
         yield self._apply()
+
+    def least(self) -> dict[str, dict[str, float]]:
+        """Stage -> kind -> bytes that a device holds in it, whatever the compiler makes of it.
+
+        By arithmetic alone: parameters, optimizer state, gradients and cache, without temporaries.
+        """
+        sampler, params = self.device.sampler, self.state.params
+        config, backend = sampler.spec.config, sampler.spec.backend
+        shapes = qwen3.param_shapes(config, backend.compute_dtype)
+        weights = with_shardings(
+            shapes, parallel.shardings(qwen3.param_axes(config), self.mesh, parallel.DECODE_RULES)
+        )
+        size = (sampler.num_slots or self.batch_size, sampler.cache_sizes(self.prompt_len)[-1])
+        cache = jax.eval_shape(lambda: qwen3.init_cache(config, *size, backend))
+        place = parallel.spec(qwen3.CACHE_AXES, self.mesh, parallel.ACTIVATION_RULES)
+        cache = with_shardings(
+            cache, jax.tree.map(lambda _: NamedSharding(self.mesh, place), cache)
+        )
+        state, reference = device_bytes(self.state), device_bytes(self.reference)
+        optimizer = device_bytes(self.state.opt_state)
+        given = {
+            "decode": (self.frozen + state, device_bytes((weights, cache))),
+            "score": (state + reference, device_bytes(self.teacher)),
+            "update": (self.frozen + optimizer, device_bytes((params, self._grads()))),
+        }
+        return {name: dict(resident=a, arguments=b) for name, (a, b) in given.items()}
 
     # --- rollout ---
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from launch.report import charts
 from launch.study import collect
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
 SIGNALS = {  # of algorithm/signals.py -> title, axis
     "margin": ("Teacher margin among the student's candidates", "margin, nats"),
@@ -146,7 +147,7 @@ def releases(arms: Sequence[collect.Arm]) -> str:
             np.linspace(-10, 70, 41),
             charts.Axis("BIC gain"),
             "Beyond the ends: counted in the outer bins. The paper calls more than 6 significant.",
-            mark=(6.0, "6"),
+            mark=(STRONG_GAIN, f"{STRONG_GAIN:g}"),
         ),
         charts.histogram(
             "Rescaling of released rollouts",

@@ -23,6 +23,7 @@ import dataclasses
 
 import numpy as np
 
+STRONG_GAIN = 6.0  # nats of BIC gain the paper calls significant
 TIE = 1e-9  # BICs this close are a tie, and the smallest change point wins
 
 

@@ -263,4 +263,6 @@ def logits(spec, head, hidden_sd) -> jax.Array:
     hidden_sd = hidden_sd.astype(head.dtype)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
     logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
+    # In two steps: in one, XLA would gather the head at every token in place of the logits.
+    logits_sv = spec.backend.shard(logits_sv, ("batch", "vocab"))
     return spec.backend.shard(logits_sv, ("batch", None))

@@ -135,6 +135,26 @@ def test_a_response_longer_than_the_longest_cannot_be_assumed():
         run.assumptions(config, response_mean=20000, **given)
 
 
+def test_a_model_that_is_not_there_names_the_flag():
+    with pytest.raises(ValueError, match="^--config.teacher.path=nowhere cannot be read: .*Give"):
+        run.model_config("nowhere", "teacher")
+
+
+def test_what_cannot_fit_is_said_by_arithmetic_and_not_compiled():
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    config = config_flags.load(str(ROOT / "configs/paper.py:1.7b"))
+    compiled = []
+    plan = run.plan(config, chips.describe("v5e:2x4"), assume(config), compiled.append)
+    assert not plan.fits and plan.step_seconds is None and not compiled
+    cache = 2 * 28 * 1024 * 8 * (2048 + 16384) * 128 * 2 / 8  # keys and values, rows over 8 chips
+    weights = 1.72e9 * 2
+    assert plan.stages["decode"].memory["arguments"] == pytest.approx(cache + weights, rel=0.01)
+    lines = advice.advise(plan, config)
+    assert lines[0].startswith("decode is short of") and "--topology=v5e:4x4" in lines[0]
+    assert not any("head_chunk" in line for line in lines)  # no temporary was counted
+    assert predict.by_arithmetic({"decode": {"arguments": 8 * GIB}}, plan.chips) == {}
+
+
 @pytest.mark.parametrize(
     "message, gib",
     [
@@ -156,7 +176,7 @@ def plan_of(**gib) -> text.Plan:
     found = {}
     for name, size in gib.items():
         stage = predict.Stage(name, runs=2, flops=197e12, seconds=2.0, bound="hbm")
-        stage.memory = {"resident": 1.0 * GIB, "arguments": (size - 1.0) * GIB}
+        stage.memory = {"resident": 1.0 * GIB, "temporaries": (size - 1.0) * GIB}
         found[name] = stage
     mesh = dict(data=1, fsdp=4, tensor=1, expert=1)
     return text.Plan(slice_of("v5e", (2, 2)), mesh, found, 8000.0, "nothing")
@@ -194,7 +214,7 @@ def test_a_stage_that_does_not_compile_has_no_time():
     plan.stages["update"].flops = plan.stages["update"].seconds = None
     assert plan.step_seconds is None and not plan.fits
     assert text.as_json(plan)["stages"]["update"]["seconds"] is None
-    assert "does not compile" in text.as_table(plan, [])
+    assert "does not fit" in text.as_table(plan, [])
 
 
 def test_only_models_with_experts_are_searched_for_meshes_that_divide_them():
@@ -220,12 +240,18 @@ def test_search_ranks_what_fits_by_time_and_goes_on_from_the_best_mesh():
         found.stages["update"].seconds = 2.0 - config.pack.micro_batch_rows / 16
         return found
 
-    found = search.search(config, plan, 4, 128, lambda line: None)
+    said = []
+    found = search.search(config, plan, 4, 128, said.append)
     assert tried == [(1, 0), (1, 0), (2, 0), (4, 0), (2, 4), (2, 8)]
     element, best = found[0]
     assert best.fits and element["pack.micro_batch_rows"] == 8
     assert not found[-1][1].fits
     assert search.as_table(found).splitlines()[1].startswith("--config.mesh=")
+    # What each came to is said as it comes, so that a search that is killed leaves it.
+    assert said[0].startswith("candidate 1 of 6: --config.mesh=")
+    assert said[1] == "  fits no, largest GiB 99.00, of GiB 15.75, s per step 2"
+    assert said[7] == "  not possible: heads"
+    assert len(said) == 2 * len(tried)
 
 
 # --- the paper's configs ---
@@ -308,6 +334,11 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     measured = {name: stage.hbm_bytes for name, stage in plan.stages.items()}
     print(json.dumps(measured, indent=2))
     assert plan.fits
+    pieces = run.pieces(
+        config, parallel.build_mesh(config.mesh, list(plan.chips.devices)), assume(config)
+    )
+    for name, kinds in pieces.least().items():
+        assert 0.3 * measured[name] < sum(kinds.values()) <= measured[name], name
     assert all(stage.flops > 0 and stage.seconds > 0 for stage in plan.stages.values())
     assert not square, "splash attention holds no [L, L] scores"
     recorded = json.loads(GOLDEN.read_text())

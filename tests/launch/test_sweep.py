@@ -158,6 +158,8 @@ def test_a_sweep_runs_all_then_skips_what_is_finished(jobs, tmp_path, capsys):
     assert sweep.run_all(jobs(), 2, str(tmp_path / "sweep")) == 0
     output = capsys.readouterr().out
     assert "3 runs, 0 finished before" in output
+    kinds = [line.split()[0] for line in output.splitlines() if line.startswith(("start", "end"))]
+    assert sorted(kinds[:2]) == ["start", "start"] and kinds[2] == "end"  # two at once
     assert output.splitlines()[-5:-2] == [
         "eval/accuracy after the last update",
         "arm  finished    mean  spread    best",
@@ -172,6 +174,13 @@ def test_a_sweep_runs_all_then_skips_what_is_finished(jobs, tmp_path, capsys):
     assert (
         rows[1]["status"] == "finished" and float(rows[1]["eval/accuracy last"]) == 0.1 * 2 + 0.01
     )
+
+
+def test_the_end_of_a_run_is_printed_before_the_start_of_the_next(jobs, tmp_path, capsys):
+    sweep.run_all(jobs(), 1, str(tmp_path / "sweep"))
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "seed=" in line]
+    order = [[word, f"seed={seed}"] for seed in (1, 2, 3) for word in ("start", "end")]
+    assert lines == order
 
 
 def test_a_failed_run_is_shown_and_the_others_go_on(jobs, tmp_path, capsys):
