@@ -26,7 +26,7 @@ from opd_jax.problems.datasets import EMBEDDED, build_dataset
 from opd_jax.problems.tokenizer import load_tokenizer
 from opd_jax.stages import evaluate, packing, rollout, score, selection, update
 from opd_jax.stages.prompts import PromptStream
-from opd_jax.workdir import checkpoint, owner, preemption, writer
+from opd_jax.workdir import checkpoint, owner, preemption, records, writer
 
 # What signals and their metrics show beside what selector and objective read.
 WATCHED = frozenset({"teacher_logp_bt", "teacher_logp_btk", "teacher_entropy_bt"})
@@ -99,17 +99,17 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         )
         for model in (student, teacher)
     )
-    keep = config.checkpoint.to_dict()
+    saving = checkpoint.Settings.of(config.checkpoint.to_dict())
     every = job.Every(
         evaluate=eval_knobs["every_steps"],
-        checkpoint=keep.pop("every_steps"),
+        checkpoint=saving.every_steps,
         signals=log["signals_every_steps"],
         rollouts=log["rollouts_every_steps"],
     )
     guard = preemption.Guard()
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
-    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), **keep)
+    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), saving)
     start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
     owner.check_num_steps(num_steps, start.step, workdir)
     keep_through = start.step - (start.row is not None)
@@ -153,7 +153,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         student_config=student.config,
         student_directory=student.directory,
         max_skipped=device.max_skipped,
-        rows=[row for row in writer.read_rows(str(workdir)) if row["step"] <= keep_through],
+        rows=[row for row in records.read_metrics(workdir) if row["step"] <= keep_through],
     )
 
 

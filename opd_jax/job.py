@@ -232,7 +232,7 @@ class Job:
         tokens_t = own(rolled.tokens_bt)
         release = int(chosen.release_b[b])
         starts = [start for start, _ in spans]
-        return records.trajectory(
+        return records.Trajectory(
             step=step,
             row=int(prompts.row_b[b]),
             example_id=example.id,
@@ -257,7 +257,7 @@ class Job:
             change_point=starts.index(release) if release in starts else len(spans),
             release=release,
             gain=float(chosen.gain_b[b]),
-        )
+        ).as_json()
 
     def _name(self, token: int) -> str:
         """What to show for a token: its text, or the name of a special one."""
@@ -323,7 +323,7 @@ class Job:
         output = self.workdir / "student"
         hf.save(self.student_config, state.params, output, source=self.student_directory)
         if jax.process_index() == 0:
-            rows = writer.read_rows(str(self.workdir))
+            rows = records.read_metrics(self.workdir)
             found = summary.of_run(rows, teacher)
             records.write_json(self.workdir, "done.json", found | {"step": self.num_steps})
             self.writer.say(summary.table(found, self.workdir))

@@ -107,3 +107,12 @@ def flag(path: str, value: Any) -> str:
     if isinstance(value, tuple):
         value = f"({','.join(map(repr, value))}{',' if len(value) == 1 else ''})".replace(" ", "")
     return f"--config.{path}={shlex.quote(str(value))}"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of a nested config, a dict or a ConfigDict."""
+    flat = {}
+    for name, value in config.items():
+        is_section = hasattr(value, "items")
+        flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
+    return flat

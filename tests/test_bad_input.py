@@ -58,11 +58,12 @@ ELSEWHERE = {
     "test_a_slice_that_does_not_exist_is_refused_with_one_that_does",
     "a plan without its compiler": "launch/test_plan.py::"
     "test_without_the_compiler_the_extra_is_named",
-    "a workdir of another run, now": "test_owner.py::"
+    "a workdir of another run, now": "workdir/test_owner.py::"
     "test_a_second_run_is_refused_before_it_starts_and_a_killed_one_is_not_in_the_way",
     "a workdir of another config": "test_train.py::"
     "test_another_config_in_the_workdir_is_refused_by_key",
-    "unusable checkpoints": "test_checkpoint.py::test_when_all_are_damaged_it_stops_and_names_each",
+    "unusable checkpoints": "workdir/test_checkpoint.py::"
+    "test_when_all_are_damaged_it_stops_and_names_each",
 }
 
 
@@ -310,9 +311,13 @@ ROWS = [
         lambda: build.Source("teacher", "nowhere", "float32").directory,
     ),
     *knobs(
-        functools.partial(checkpoint.Checkpoints, "nowhere"),
+        checkpoint.Settings,
         "checkpoint",
         (dict(keep_last=0), "keep_last=2"),
+        (dict(every_steps=-1), "every_steps=20"),
+        (dict(keep_every_steps=-4), "keep_every_steps=0"),
+        (dict(keep_best=-1), "keep_best=1"),
+        (dict(keep_best=1.5), "keep_best=1"),
     ),
     Row(
         "rate: 0.1 there, 0.5 now; seed: 0 there, 7 now",

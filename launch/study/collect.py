@@ -5,13 +5,14 @@ A run is a directory with metrics.jsonl. Runs whose configs differ in the seed a
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from etils import epath
 
 from opd_jax.problems import intervals
+from opd_jax.settings import flatten
 from opd_jax.workdir import records
 
 SEED_KEY = "seed"
@@ -189,16 +190,6 @@ def with_totals(rows: Sequence[dict]) -> list[dict]:
         seconds += 0.0 if not is_finite(taken) else taken if taken <= 3 * median else median
         tokens += row.get("tokens/supervised") or 0.0
         out.append({**row, "total/seconds": seconds, "total/supervised_tokens": tokens})
-    return out
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
     return out
 
 

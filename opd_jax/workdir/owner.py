@@ -19,6 +19,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from opd_jax.settings import flatten
 from opd_jax.workdir import records
 
 LOCK_SECONDS = 10.0  # how long a new run waits for a killed one to be gone
@@ -126,15 +127,6 @@ def _may_change(key: str, config: dict) -> bool:
     if key == "num_steps" and (config.get("optim.decay") == "cosine" or growing):
         return False  # what has been computed followed a schedule of that length
     return key.startswith(MAY_CHANGE)
-
-
-def flatten(config: dict, prefix: str = "") -> dict:
-    """{"a.b": value} of a nested dict."""
-    flat = {}
-    for name, value in config.items():
-        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {prefix + name: value} if inner is None else inner
-    return flat
 
 
 def claim(workdir: epath.Path, config: dict) -> None:
