@@ -6,13 +6,15 @@ import datetime
 import errno
 import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import filelock
 import jax
@@ -83,23 +85,34 @@ def _holder(workdir: str) -> str:
         return "another run has just begun there"
 
 
-def check_same_run(config: dict, workdir: epath.Path) -> None:
-    """Raises if the workdir holds a run that is not to go on with `config`.
+def check_same_run(
+    config: dict, workdir: epath.Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises if the workdir holds a run that is not to go on with `config`; see `compare`.
 
     A run that ended before its first row of metrics has computed nothing.
     """
     if not (workdir / "metrics.jsonl").exists():
         return
     if there := records.read_json(workdir, "config.json"):
-        compare(config, there, workdir)
+        compare(config, there, workdir, defaults)
 
 
-def compare(config: dict, there: dict, workdir: epath.Path) -> None:
-    """Raises if a run of config `there` is not to go on with `config`; names the differing keys."""
-    old, new = flatten(there), flatten(config)
+def compare(
+    config: dict, there: dict, workdir: epath.Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises if a run of config `there` is not to go on with `config`; names the differing keys.
+
+    Args:
+      defaults: of the config's keys, nested or dotted. The run may be older than a key: it was
+        computed as this key's default does, which every new setting must see to.
+    """
+    stored = flatten(there)
+    old = json.loads(json.dumps(flatten(defaults or {}))) | stored  # no tuples: as it was stored
+    new = flatten(config)
     differ = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
+        f"{key}: {_shown(old, key)} there, {_shown(new, key)} now"
+        for key in sorted(stored.keys() | new.keys())
         if old.get(key) != new.get(key) and not _may_change(key, old)
     ]
     if differ:
@@ -108,6 +121,10 @@ def compare(config: dict, there: dict, workdir: epath.Path) -> None:
             f"Different are {'; '.join(differ)}. Set --workdir to a new directory, or give these "
             "keys the values that are there."
         )
+
+
+def _shown(flat: dict, key: str) -> str:
+    return repr(flat[key]) if key in flat else "no such key"
 
 
 def check_num_steps(num_steps: int, done: int, workdir) -> None:

@@ -133,3 +133,33 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     ):
         with owner.hold(str(tmp_path / "file" / "run")):
             pass
+
+
+OLD = {"seed": 0, "selector": {"kind": "bic"}}
+DEFAULTS = {"selector": {"share": 0.8, "sides": (1, 3)}}
+
+
+@pytest.mark.parametrize("defaults", [DEFAULTS, {"selector.share": 0.8, "selector.sides": (1, 3)}])
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(defaults):
+    now = {"seed": 0, "selector": {"kind": "bic", "share": 0.8, "sides": [1, 3]}}
+    owner.compare(now, OLD, "runs/a", defaults)
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ({"share": 0.5}, "selector.share: 0.8 there, 0.5 now. Set"),
+        ({"sides": [3, 3]}, "selector.sides: [1, 3] there, [3, 3] now. Set"),
+        ({"new": 1}, "selector.new: no such key there, 1 now. Set"),  # without a default
+        ({"kind": "full"}, "selector.kind: 'bic' there, 'full' now. Set"),
+    ],
+)
+def test_another_value_of_a_newer_key_is_another_run(now, says):
+    config = {"seed": 0, "selector": OLD["selector"] | now}
+    with pytest.raises(ValueError, match=re.escape(f"Different are {says}")):
+        owner.compare(config, OLD, "runs/a", DEFAULTS)
+
+
+def test_a_key_that_is_gone_is_named():
+    with pytest.raises(ValueError, match=re.escape("seed: 0 there, no such key now. Set")):
+        owner.compare({"selector": {"kind": "bic"}}, OLD, "runs/a", DEFAULTS)
