@@ -30,7 +30,7 @@ from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.run import Run, Start
 from opd_jax.stages import evaluate, prompts, rollout, score, selection, update
 from opd_jax.structs import Vocabulary
-from opd_jax.workdir import checkpoint, owner, preemption, writer
+from opd_jax.workdir import checkpoint, owner, preemption, records, writer
 
 
 def build(config: mlc.ConfigDict, workdir: str) -> Run:
@@ -53,10 +53,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> Run:
     guard = preemption.Guard()
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
-    checkpoints = checkpoint.Checkpoints(
-        str(workdir / "checkpoints"),
-        **{k: v for k, v in vars(given.checkpoint).items() if k != "every_steps"},
-    )
+    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), given.checkpoint)
     start = resume(given, checkpoints, parts.update, stream, resolved)
     owner.check_num_steps(given.num_steps, start.step, workdir)
     parts.frozen = _frozen(given, parts)
@@ -242,7 +239,7 @@ def _frozen(given: Settings, parts: step.Stages) -> step.Frozen:
 
 def _recorder(given, mesh, workdir, start, tokenizer, verifier) -> recorder.Recorder:
     keep_through = start.step - (start.row is not None)
-    rows = [row for row in writer.read_rows(str(workdir)) if row["step"] <= keep_through]
+    rows = [row for row in records.read_metrics(workdir) if row["step"] <= keep_through]
     return recorder.Recorder(
         workdir=workdir,
         settings=given.log,

@@ -22,6 +22,7 @@ from opd_jax.stages.evaluate import Settings as Evaluate
 from opd_jax.stages.optimizer import Settings as Optim
 from opd_jax.stages.packing import Settings as Pack
 from opd_jax.stages.rollout import Settings as Rollout
+from opd_jax.workdir.checkpoint import Settings as Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings(Section):
     selector: Selector = selectors.build("bic")
     objective: Objective = Objective()
     optim: Optim = Optim()
-    checkpoint: types.SimpleNamespace = None
+    checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     seed: int = number(0, least=0, below=2**32)  # everything random follows from it and the step

@@ -148,7 +148,7 @@ class Recorder:
         tokens_t = real(rolled.tokens_bt)
         release = int(chosen.release_b[b])
         starts = [start for start, _ in spans]
-        return records.trajectory(
+        return records.Trajectory(
             step=step,
             row=int(taken.prompts.row_b[b]),
             example_id=example.id,
@@ -173,7 +173,7 @@ class Recorder:
             change_point=starts.index(release) if release in starts else len(spans),
             release=release,
             gain=float(chosen.gain_b[b]),
-        )
+        ).as_json()
 
 
 def token_signals(taken: Step) -> dict:

@@ -15,7 +15,7 @@ from opd_jax.stages.evaluate import Suite
 from opd_jax.stages.prompts import PromptStream
 from opd_jax.stages.update import TrainState
 from opd_jax.step import Stages, Step
-from opd_jax.workdir import faults, preemption, records, summary, writer
+from opd_jax.workdir import faults, preemption, records, summary
 from opd_jax.workdir.checkpoint import Checkpoints
 
 
@@ -135,6 +135,6 @@ class Run:
         output, source = self.workdir / "student", self.student.directory
         hf.save(self.student.config, state.params, output, source=source)
         if jax.process_index() == 0:
-            found = summary.of_run(writer.read_rows(str(self.workdir)), teacher)
+            found = summary.of_run(records.read_metrics(self.workdir), teacher)
             records.write_json(self.workdir, "done.json", found | {"step": self.num_steps})
             self.recorder.say(summary.table(found, self.workdir))

@@ -333,9 +333,13 @@ ROWS = [
         lambda: Teacher("nowhere").directory,
     ),
     *knobs(
-        functools.partial(checkpoint.Checkpoints, "nowhere"),
+        checkpoint.Settings,
         "checkpoint",
         (dict(keep_last=0), "keep_last=2"),
+        (dict(every_steps=-1), "every_steps=20"),
+        (dict(keep_every_steps=-4), "keep_every_steps=0"),
+        (dict(keep_best=-1), "keep_best=1"),
+        (dict(keep_best=1.5), "keep_best=1"),
     ),
     Row(
         "rate: 0.1 there, 0.5 now; seed: 0 there, 7 now",

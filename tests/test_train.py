@@ -15,7 +15,7 @@ import pytest
 from opd_jax import build, step, structs, train
 from opd_jax.model import hf
 from opd_jax.stages import rollout
-from opd_jax.workdir import checkpoint, faults, preemption, writer
+from opd_jax.workdir import checkpoint, faults, preemption, records
 from tests import fakes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "step.json"
@@ -30,7 +30,7 @@ def metrics_of(workdir) -> list[dict]:
     """The rows that must be equal whenever a run is repeated."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-        for row in writer.read_rows(str(workdir))
+        for row in records.read_metrics(workdir)
     ]
 
 
@@ -166,7 +166,7 @@ def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, 
 
 
 def test_what_a_run_leaves_behind(finished):
-    rows = writer.read_rows(str(finished))
+    rows = records.read_metrics(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
     wanted = """loss grad_norm log_ratio/mean release/rate release/position_p10

@@ -63,7 +63,7 @@ def make(
         arms,
         trajectories,
         title=title,
-        base_config=config_flags.flatten(base.get_config().to_dict()),
+        base_config=flatten(base.get_config().to_dict()),
         left_out=left_out,
         extra=[
             ("Diagnosis", evidence.diagnosis(diagnoses)),

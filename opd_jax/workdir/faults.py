@@ -45,7 +45,8 @@ def dump(workdir, step: int, taken, state, config: dict) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         (place / "batch.npz").write_bytes(buffer.getvalue())
-    saved = checkpoint.Checkpoints(str(place / "checkpoints"), keep_last=1)
+    one = checkpoint.Settings(keep_last=1, keep_best=0)
+    saved = checkpoint.Checkpoints(str(place / "checkpoints"), one)
     if step not in saved.steps():
         saved.save(step, state, cursor={}, config=config, metric=None)
     saved.close()
