@@ -21,6 +21,7 @@ from opd_jax import job, parallel
 from opd_jax.algorithm import selectors
 from opd_jax.algorithm.objective import Objective, check_models, check_sizes
 from opd_jax.model import hf, qwen3
+from opd_jax.model.config import check_context
 from opd_jax.problems import contract, verify
 from opd_jax.problems.datasets import EMBEDDED, build_dataset
 from opd_jax.problems.tokenizer import load_tokenizer
@@ -198,6 +199,9 @@ def on_device(
     backend = _backend(config.model, mesh)
     inference = dataclasses.replace(backend, remat="none")
     student = models["student"]
+    for role, model in models.items():
+        if model is not None:
+            check_context(model, prompt_len, sample["response_len"], role)
     check_sizes(objective, sample["num_candidates"], vocab_size)
     sample = dict(sample)
     sampled_by = sample.pop("by")

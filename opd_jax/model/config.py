@@ -107,6 +107,13 @@ class Qwen3Config:
             for i in range(self.num_layers)
         )
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest row that the model is made for; YaRN says it by its factor."""
+        yarn = self.rope_scaling
+        stretched = int(yarn.factor * yarn.original_max_positions) if yarn else 0
+        return max(self.max_positions, stretched)
+
     @classmethod
     def from_hf(cls, directory) -> "Qwen3Config":
         """Reads DIRECTORY/config.json. Raises once, naming everything we cannot compute."""
@@ -163,6 +170,45 @@ class Qwen3Config:
                 mlp_only_layers=list(self.mlp_only_layers),
             )
         return raw
+
+
+def check_context(
+    config: Qwen3Config,
+    prompt_len: int,
+    response_len: int,
+    name: str,
+    prefixes: tuple[str, str] = ("config.data.", "config.rollout."),
+) -> None:
+    """Raises ValueError, with flags that work, unless a prompt and its response fit the context.
+
+    Args:
+      name: of the model in the message: "student", a path.
+      prefixes: of the flags --{}prompt_len and --{}response_len.
+    """
+    row, limit = prompt_len + response_len, config.context
+    if row <= limit:
+        return
+    prompt_flag, response_flag = (
+        f"--{prefix}{key}_len" for prefix, key in zip(prefixes, ("prompt", "response"), strict=True)
+    )
+    if prompt_len < limit:
+        shorter = f"{response_flag}={limit - prompt_len}"
+    else:
+        shorter = f"{prompt_flag}={limit // 2} {response_flag}={limit - limit // 2}"
+    yarn = config.rope_scaling
+    original = yarn.original_max_positions if yarn else config.max_positions
+    scaling = dict(
+        rope_type="yarn",
+        factor=float(math.ceil(row / original)),
+        original_max_position_embeddings=original,
+    )
+    raise ValueError(
+        f"{prompt_flag}={prompt_len} and {response_flag}={response_len} make rows of {row} tokens, "
+        f"and the {name} is made for {limit} (max_position_embeddings in its config.json): beyond "
+        f"them its output has no meaning. Set {shorter}, or stretch the model by YaRN: write "
+        f'"rope_scaling": {json.dumps(scaling)} into its config.json, with the length that it was '
+        "trained on as original_max_position_embeddings (32768 for the first Qwen3)"
+    )
 
 
 def from_dict(raw: dict[str, Any], where: str) -> Qwen3Config:
