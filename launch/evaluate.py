@@ -105,12 +105,14 @@ def build(verifier, directory, step: int | None):
 
     from opd_jax import parallel
     from opd_jax.model import hf, qwen3
+    from opd_jax.model.config import check_context
     from opd_jax.problems.tokenizer import load_tokenizer
     from opd_jax.stages import evaluate, rollout
 
     mesh = parallel.build_mesh([(axis, int(size)) for axis, size in parse_mesh(MESH.value)])
     tokenizer = load_tokenizer(directory)
     config = qwen3.Qwen3Config.from_hf(directory)
+    check_context(config, PROMPT_LEN.value, RESPONSE_LEN.value, "model", prefixes=("", ""))
     parallel.check_model(config, mesh, "model")
     shardings = parallel.shardings(qwen3.param_axes(config), mesh)
     if step is None:

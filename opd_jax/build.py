@@ -25,6 +25,7 @@ from opd_jax.algorithm import selectors
 from opd_jax.algorithm.objective import check_models, check_sizes
 from opd_jax.config import Settings, read
 from opd_jax.model import qwen3, source
+from opd_jax.model.config import check_context
 from opd_jax.problems import contract, datasets, verify
 from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.run import Run, Start
@@ -94,6 +95,9 @@ def stages(
       shapes: "student", "teacher", "reference" -> shape; None = no such model.
       vocabulary: of the student's tokenizer.
     """
+    for role, shape in shapes.items():
+        if shape is not None:
+            check_context(shape, given.data.prompt_len, given.rollout.response_len, role)
     loss, sampled_by = given.objective, given.rollout.by
     check_sizes(loss, given.rollout.num_candidates, vocabulary.size)
     check_models(loss, sampled_by, has_reference=shapes["reference"] is not None)

@@ -15,9 +15,9 @@ import sys
 from etils import epath
 
 from configs import base, study
-from launch import config_flags
 from launch.report import evidence, page
 from launch.study import collect
+from opd_jax.settings import flatten
 
 
 def main(argv: list[str] | None = None) -> None:
