@@ -3,7 +3,7 @@
 
   python -m launch.study --workdir=runs/study
   python -m launch.study --results=configs/results/collapse --results=configs/results/natural \\
-      --readme=README.md
+      --readme=docs/evidence.md
 
 From a workdir of runs (configs/study.py) it also writes WORKDIR/study.json, the few numbers that
 the tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under
