@@ -15,6 +15,7 @@ import sys
 from etils import epath
 
 from configs import base, study
+from launch import config_flags
 from launch.report import evidence, page
 from launch.study import collect
 from opd_jax.settings import flatten

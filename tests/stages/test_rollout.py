@@ -44,7 +44,9 @@ def prompts():
 
 def build(mesh, **changes):
     backend, head_dtype = changes.pop("backend", BACKEND), changes.pop("head_dtype", "")
-    vocabulary = VOCABULARY._replace(size=changes.pop("vocab_size", VOCABULARY.size))
+    vocabulary = VOCABULARY._replace(
+        size=changes.pop("vocab_size", VOCABULARY.size), eos_ids=changes.pop("eos_ids", EOS)
+    )
     settings = dict(response_len=T, num_slots=3, decode_chunk=5, head_dtype=head_dtype) | changes
     return rollout.build(
         CONFIG, rollout.Settings(**settings), vocabulary, mesh=mesh, backend=backend
