@@ -90,14 +90,16 @@ class _DecodeSteps:
         length = np.full(args.batch, args.prompt_len, np.int32)
         limit = np.full(args.batch, args.new_tokens, np.int32)
         place = np.arange(args.batch, dtype=np.int32)
-        self.rows = (prompts.tokens_bp, length, prompts.row_b, limit, place)
+        self.rows = decode.Arrivals(prompts.tokens_bp, length, prompts.row_b, limit)
+        self.place = place
         self.key = jax.random.key_data(jax.random.key(args.seed))
         self.first = None
 
     def __call__(self) -> float:
         args, spec, weights = self.args, self.spec, self.weights
         slots = decode.init(spec, args.batch, args.prompt_len + args.new_tokens)
-        slots = decode.insert(spec, weights, slots, self.key, *map(jnp.asarray, self.rows))
+        rows = jax.tree.map(jnp.asarray, self.rows)
+        slots = decode.insert(spec, weights, slots, self.key, rows, jnp.asarray(self.place))
         jax.block_until_ready(slots)
         clock = measure.Clock()
         out = decode.decode(spec, weights, slots, jnp.int32(args.batch + 1))

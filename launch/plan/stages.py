@@ -163,8 +163,9 @@ class Pieces:
         row = jax.ShapeDtypeStruct((refill,), jnp.int32, sharding=rows)
         source = jax.ShapeDtypeStruct(slots.token_s.shape, jnp.int32, sharding=rows)
         key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        rows = decode.Arrivals(tokens, row, row, row)
         spec = self.device.sampler.spec
-        return decode.insert.lower(spec, weights, slots, key, tokens, row, row, row, source)
+        return decode.insert.lower(spec, weights, slots, key, rows, source)
 
     def _decode_steps(self, sizes: list[int], num_slots: int) -> Iterator[tuple[int, float]]:
         """(cache columns, decode steps with a cache of that size)."""

@@ -61,6 +61,16 @@ class Slots:
 
 
 @struct.dataclass
+class Arrivals:
+    """R rows that are to be prefilled. Rows that are no prompt are never moved into a slot."""
+
+    tokens_rp: jax.Array  # int32[R, P], the prompt from column 0 on
+    length_r: jax.Array  # int32[R], tokens of the prompt
+    row_r: jax.Array  # int32[R], index in the global batch: names the sampling key
+    limit_r: jax.Array  # int32[R], response tokens at most
+
+
+@struct.dataclass
 class Drawn:
     """What one chunk of J decode steps drew. A row's tokens come first, then unused columns."""
 
@@ -128,12 +138,22 @@ def grow(spec: Spec, slots: Slots, columns: int) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def insert(spec, weights, slots, key_data, tokens_rp, length_r, row_r, limit_r, source_s) -> Slots:
-    """Prefills R prompts and moves them into slots. source_s: int32[S], the shard's own, -1 = stay.
+def insert(
+    spec: Spec,
+    weights: Weights,
+    slots: Slots,
+    key_data: jax.Array,
+    rows: Arrivals,
+    source_s: jax.Array,
+) -> Slots:
+    """Prefills R prompts and moves them into slots.
+
+    source_s: int32[S], which of its shard's arrivals moves into the slot; -1 = none.
 
     The cache gets all tokens of a prompt; the first decode step feeds the last one again, so that
     every response token is drawn in one place.
     """
+    tokens_rp, length_r = rows.tokens_rp, rows.length_r
     R, P = tokens_rp.shape
     shards = parallel.num_batch_shards(spec.mesh)
     fresh = qwen3.init_cache(spec.config, R, P, spec.backend)
@@ -155,15 +175,15 @@ def insert(spec, weights, slots, key_data, tokens_rp, length_r, row_r, limit_r, 
     last_r = jnp.maximum(length_r - 1, 0)
     token_r = jnp.take_along_axis(tokens_rp, last_r[:, None], axis=1)[:, 0]
     key = jax.random.wrap_key_data(key_data)
-    key_r = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_r)
+    key_r = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows.row_r)
     # A prompt without tokens has nothing to condition on: its response is empty.
     new = Slots(
         cache=slots.cache,
         token_s=token_r,
         position_s=last_r,
         t_s=start_r,
-        limit_s=limit_r,
-        active_s=(limit_r > 0) & (length_r > 0),
+        limit_s=rows.limit_r,
+        active_s=(rows.limit_r > 0) & (length_r > 0),
         key_s=key_r,
     )
     cache = jax.tree.map(cached, fresh, slots.cache)

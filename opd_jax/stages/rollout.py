@@ -237,9 +237,10 @@ class Sampler:
             while seats := schedule.assign(width):
                 row_r, source_s = (x[own].reshape(-1) for x in seats)
                 rows = (tokens_bp, length_b, prompts.row_b.astype(np.int32), limit_b)
-                rows = parallel.to_global(self.spec.mesh, tuple(x[row_r] for x in rows))
+                rows = decode.Arrivals(*(x[row_r] for x in rows))
+                rows = parallel.to_global(self.spec.mesh, rows)
                 source_s = parallel.to_global(self.spec.mesh, source_s)
-                slots = decode.insert(self.spec, weights, slots, key_data, *rows, source_s)
+                slots = decode.insert(self.spec, weights, slots, key_data, rows, source_s)
                 stats.num_refills += 1
             if not schedule.busy:
                 return record.rollout, stats
