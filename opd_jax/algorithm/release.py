@@ -42,7 +42,7 @@ class Release(Selector):
     needs: ClassVar[frozenset] = frozenset({"teacher_logp_btk", "spans"})
 
     def __post_init__(self):
-        change_point.check_drop(self.eps, self.min_side, self.min_gain, self.min_drop)
+        change_point.Settings(self.eps, self.min_side, self.min_gain, self.min_drop)
         check_in(self.aggregate, "aggregate", segments.AGGREGATES)
         check_in(self.transform, "transform", segments.TRANSFORMS)
         check_in(self.on_no_change, "on_no_change", ("full", "prefix"))

@@ -3,8 +3,7 @@
 
 Written from the formulas, not from the code under test: no vectorising, no log-space tricks beyond
 what the formula says, Python floats throughout. `find_drop` is exact (rational) arithmetic up to
-the logarithm, so ties and large offsets have one
-right answer.
+the logarithm, so ties and large offsets have one right answer.
 """
 
 import math
