@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from opd_jax import job, parallel
-from opd_jax.algorithm import selectors
+from opd_jax.algorithm import margin, segments, selectors
 from opd_jax.algorithm.objective import Objective, check_models, check_sizes
 from opd_jax.model import hf, qwen3
 from opd_jax.problems import contract, verify
@@ -52,19 +52,17 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
 
     parallel.check_rows(batch_size, "data.batch_size", mesh)
     prompts = _prompts(asked, tokenizer, seed, feed)
-    loss, loss_knobs = objective(config.objective)
-    chosen = selector(config.selector)
+    loss = Objective.of(config.objective.to_dict())
+    chosen = selectors.of(config.selector.to_dict())
+    gather = functools.partial(parallel.gather_rows, mesh)
     select = selection.build(
         chosen,
         tokenizer.token_bytes,
-        **_prefixed(config.margin, kind="margin_kind", temperature="margin_temperature"),
-        **_prefixed(config.segment, kind="segment_kind"),
-        **loss_knobs,
+        margin.Settings.of(config.margin.to_dict()),
+        segments.Settings.of(config.segment.to_dict()),
+        loss,
         want_spans=bool(log["signals_every_steps"]),
-        seed=seed,
-        num_steps=num_steps,
-        gather=functools.partial(parallel.gather_rows, mesh),
-        feed_index=feed.index,
+        run=selection.Run(seed, num_steps, gather, host_group=feed.index),
     )
     watched = WATCHED if log["signals_every_steps"] else frozenset()
     device = on_device(
@@ -299,25 +297,6 @@ def _backend(section, mesh) -> qwen3.Backend:
         compute_dtype=jnp.dtype(section.compute_dtype),
         shard=parallel.shard_activations(mesh),
     )
-
-
-def selector(section) -> selectors.Selector:
-    knobs = section.to_dict()
-    kind = knobs.pop("kind")
-    known = selectors.knobs(kind)  # the others belong to other kinds
-    return selectors.build(kind, **{name: knobs[name] for name in known})
-
-
-def objective(section) -> tuple[Objective, dict]:
-    """The objective, and the knobs of the loss's weights."""
-    knobs = section.to_dict()
-    loss = {name: knobs.pop(name) for name in ("aggregate", "rescale", "max_rescale")}
-    return Objective(**knobs), loss
-
-
-def _prefixed(section, **renamed) -> dict:
-    """A section's keys, some of them under another name."""
-    return {renamed.get(name, name): value for name, value in section.to_dict().items()}
 
 
 def _micro_batch(section, prompt_len, response_len, batch_size, mesh) -> dict:

@@ -133,7 +133,8 @@ class Job:
         """Metrics of update `step` + 1, and its signals and trajectories where due.
 
         Args:
-          stats: rollout.Stats; chosen: selection.Chosen; sums: name -> (sum, count) of the update.
+          stats: rollout.Stats; chosen: structs.Supervision.
+          sums: name -> (sum, count) of the update.
           seconds: of each stage.
         """
         table = metrics.row_table(

@@ -14,6 +14,8 @@ import ml_collections as mlc
 from launch.plan import chips, predict, stages
 from launch.plan.text import Plan
 from opd_jax import build, parallel
+from opd_jax.algorithm import selectors
+from opd_jax.algorithm.objective import Objective
 from opd_jax.model import hf, published, qwen3
 
 EOS_IDS = (151645, 151643)  # Qwen3's; only how many there are is compiled
@@ -44,8 +46,8 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
     parallel.check_rows(config.data.batch_size, "data.batch_size", mesh)
     sections = {role: config[role] for role in ("student", "teacher", "reference")}
     models = {role: model_config(section.path) for role, section in sections.items()}
-    objective, _ = build.objective(config.objective)
-    reads = build.selector(config.selector).needs | {"teacher_logp_bt"} | build.WATCHED
+    objective = Objective.of(config.objective.to_dict())
+    reads = selectors.of(config.selector.to_dict()).needs | {"teacher_logp_bt"} | build.WATCHED
     device = build.on_device(
         config,
         mesh,

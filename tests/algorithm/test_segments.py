@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from opd_jax.algorithm import segments
 
+NEWLINE = segments.Settings("nltk_newline")
+
 
 def texts_of(text, spans):
     return [text[start:end] for start, end in spans]
@@ -68,7 +70,7 @@ def test_newlines_split_only_when_asked():
         "  First line\n\n  second line. ",
         "Third\n",
     ]
-    assert texts_of(text, segments.sentence_spans(text, newline=True)) == [
+    assert texts_of(text, segments.sentence_spans(text, NEWLINE)) == [
         "  First line\n\n  ",
         "second line. ",
         "Third\n",
@@ -77,13 +79,13 @@ def test_newlines_split_only_when_asked():
 
 @given(
     st.text(max_size=60) | st.text(alphabet="aA .?!\n\u3002\u0627\u2028\x00", max_size=60),
-    st.booleans(),
+    st.sampled_from(["nltk", "nltk_newline"]),
 )
-@example("", False)
-@example("   ", False)
-@example("\n", True)
-def test_sentences_cover_any_text_exactly(text, newline):
-    assert_covers(segments.sentence_spans(text, newline=newline), len(text))
+@example("", "nltk")
+@example("   ", "nltk")
+@example("\n", "nltk_newline")
+def test_sentences_cover_any_text_exactly(text, kind):
+    assert_covers(segments.sentence_spans(text, segments.Settings(kind)), len(text))
 
 
 @st.composite
@@ -124,7 +126,7 @@ def test_special_tokens_join_the_token_before():
 def test_a_sentence_of_sixteen_thousand_tokens_is_one_span():
     token_bytes = [b" word"] * 16_384
     assert segments.segment(token_bytes) == [(0, 16_384)]
-    capped = segments.segment(token_bytes, max_tokens=1000)
+    capped = segments.segment(token_bytes, segments.Settings(max_tokens=1000))
     assert_covers(capped, 16_384)
     assert max(end - start for start, end in capped) == 1000
 
@@ -133,20 +135,26 @@ def test_a_sentence_of_sixteen_thousand_tokens_is_one_span():
 @pytest.mark.parametrize("max_tokens", [0, 2])
 def test_every_kind_covers_the_tokens(kind, max_tokens):
     token_bytes = [b"One two. ", b"Three\n", b"", b"\xf0\x9f", b"\x98\x80 four. ", b"Five"]
+    length = dict(fixed_tokens=4) if kind == "fixed_tokens" else {}
+    settings = segments.Settings(kind, max_tokens=max_tokens, **length)
     for n in range(len(token_bytes) + 1):
-        spans = segments.segment(token_bytes[:n], kind=kind, fixed_tokens=4, max_tokens=max_tokens)
+        spans = segments.segment(token_bytes[:n], settings)
         assert_covers(spans, n)
         if max_tokens:
             assert all(end - start <= max_tokens for start, end in spans)
     if not max_tokens:
         counts = dict(nltk=3, nltk_newline=4, fixed_tokens=2, token=6)
-        assert len(segments.segment(token_bytes, kind=kind, fixed_tokens=4)) == counts[kind]
+        assert len(segments.segment(token_bytes, settings)) == counts[kind]
 
 
 def test_rows_go_through_ids_and_unknown_ids_are_special():
     token_bytes = [b"Hi. ", b"Yes. ", b""]
     rows = [np.array([0, 1, 2], np.int32), np.array([], np.int32), np.array([1, 99, -1])]
-    assert segments.segment_rows(rows, token_bytes=token_bytes) == [[(0, 1), (1, 3)], [], [(0, 3)]]
+    assert segments.segment_rows(rows, token_bytes=token_bytes, settings={}) == [
+        [(0, 1), (1, 3)],
+        [],
+        [(0, 3)],
+    ]
 
 
 def test_scores_are_log1p_of_the_mean_margin():
