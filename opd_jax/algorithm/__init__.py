@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper as code, its controls and its baselines. Arrays in, arrays out; nothing of ours outside.
+"""The paper as code, its controls and its baselines. Arrays in, arrays out; imports no other room.
 
 "Prefix Teach, Suffix Fade", arXiv 2605.13643. Only its abstract was at hand when this was written;
 the formulas come from a structured note on version 1. docs/method.md has each equation with its

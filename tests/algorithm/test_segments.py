@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -22,36 +23,6 @@ def assert_covers(spans, length):
     assert [start for start, _ in spans] == ends[:-1]
     assert ends[-1] == length
     assert all(start < end for start, end in spans)
-
-
-def slow_token_spans(token_bytes, text_spans):
-    """The rule as loops: a token joins the sentence of its first byte, b"" the token before."""
-    data = b"".join(token_bytes)
-    char_of_byte, char = [], 0
-    while len(char_of_byte) < len(data):
-        # The longest piece of up to four bytes that decodes to one character is that character.
-        at = len(char_of_byte)
-        whole = data.decode("utf-8", "replace")
-        for size in (1, 2, 3, 4):
-            rest = data[at + size :].decode("utf-8", "replace")
-            if rest == whole[char + 1 :]:
-                break
-        char_of_byte += [char] * size
-        char += 1
-    sentence_of_char = [i for i, (start, end) in enumerate(text_spans) for _ in range(start, end)]
-    sentence_of_token, byte = [], 0
-    for piece in token_bytes:
-        if piece:
-            sentence_of_token.append(sentence_of_char[char_of_byte[byte]])
-        else:
-            sentence_of_token.append(sentence_of_token[-1] if sentence_of_token else None)
-        byte += len(piece)
-    first = next((s for s in sentence_of_token if s is not None), 0)
-    sentence_of_token = [first if s is None else s for s in sentence_of_token]
-    cuts = [
-        t for t in range(1, len(token_bytes)) if sentence_of_token[t] != sentence_of_token[t - 1]
-    ]
-    return list(zip([0, *cuts], [*cuts, len(token_bytes)], strict=True)) if token_bytes else []
 
 
 def test_mathematical_prose_is_not_split_at_abbreviations_or_decimals():
@@ -91,7 +62,8 @@ def test_sentences_cover_any_text_exactly(text, kind):
 @st.composite
 def byte_splits(draw):
     """Any bytes, mostly UTF-8 with sentences, cut anywhere, with special tokens between."""
-    text = draw(st.text(alphabet="aB. ?\n\u00e9\u20ac\U0001f600\ufffd\u0627", max_size=20))
+    alphabet = "aB. ?\n\u00e9\u20ac\U0001f600\ufffd\u0627\u3000\xa0\u2028\x00"
+    text = draw(st.text(alphabet=alphabet, max_size=20))
     data = text.encode() if draw(st.booleans()) else text.encode() + draw(st.binary(max_size=8))
     if draw(st.booleans()) and len(data) > 2:  # damage in the middle
         at = draw(st.integers(0, len(data) - 1))
@@ -101,24 +73,58 @@ def byte_splits(draw):
     return [data[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-@given(byte_splits())
-@example([b"", b"", b"a. B", b"", b". C", b""])
-@example([b"Hi. ", b"\xf0\x9f", b"\x98", b"\x80. Yes."])
-@example([b"A. B. C."])  # sentences that hold no token's first byte
-@example([b"\xff\xff\xe2\x82", b". X. ", b"\xe2", b"Y."])
-def test_tokens_join_the_sentence_of_their_first_byte(token_bytes):
+@given(byte_splits(), st.sampled_from(["nltk", "nltk_newline"]))
+@example([b"", b"", b"a. B", b"", b". C", b""], "nltk")
+@example([b"Hi. ", b"\xf0\x9f", b"\x98", b"\x80. Yes."], "nltk")
+@example([b"A. B. C."], "nltk")  # sentences that no token begins
+@example([b"\xff\xff\xe2\x82", b". X. ", b"\xe2", b"Y."], "nltk")
+@example([b"Hi.", b"\xe3\x80", b"\x80Yes."], "nltk")  # begins inside an ideographic space
+@example([b" ", b"", b"\n", b"Hi.", b" ", b"\n", b"", b"Yes."], "nltk_newline")
+def test_token_spans_equal_the_loops(token_bytes, kind):
     text = b"".join(token_bytes).decode("utf-8", "replace")
-    text_spans = segments.sentence_spans(text)
+    text_spans = segments.sentence_spans(text, segments.Settings(kind))
     spans = segments.token_spans(token_bytes, text_spans)
     assert_covers(spans, len(token_bytes))
-    if text:
-        assert spans == slow_token_spans(token_bytes, text_spans)
+    assert spans == oracle.token_spans(token_bytes, text_spans)
+
+
+@pytest.mark.parametrize(
+    "tokens, sentences",
+    [
+        # Byte-level BPE carries the leading space: " Ann" begins the second sentence.
+        ("He| won|.| Ann| lost|.", ["He won.", " Ann lost."]),
+        ("Hi|.|\n\n|Yes", ["Hi.\n\n", "Yes"]),  # white space alone stays behind
+        ("Hi|.|\n\nYes", ["Hi.", "\n\nYes"]),
+        ("Hi|.| | |Yes", ["Hi.  ", "Yes"]),
+        (" |\n|Hi|.| Yes", [" \nHi.", " Yes"]),  # at the start it joins the first
+        ("Hi|.| Yes|.| ", ["Hi.", " Yes. "]),
+        ("Hi|.|\u3000Yes", ["Hi.", "\u3000Yes"]),  # white space is what str.isspace says
+        ("Hi|.|\xa0Yes", ["Hi.", "\xa0Yes"]),
+        (
+            "\u0647\u0646\u0627.| \u0646\u0639\u0645.",
+            ["\u0647\u0646\u0627.", " \u0646\u0639\u0645."],
+        ),
+        ("Hi. A|. B|.", ["Hi. A", ". B."]),  # "B." holds no token's first character
+        ("x|\x00|.| \x00Y", ["x\x00.", " \x00Y"]),  # NUL is no white space
+        ("One. Two. Three.", ["One. Two. Three."]),
+    ],
+)
+def test_tokens_join_the_sentence_of_their_first_character_that_is_not_white_space(
+    tokens, sentences
+):
+    token_bytes = [piece.encode() for piece in tokens.split("|")]
+    spans = segments.segment(token_bytes)
+    assert [b"".join(token_bytes[a:b]).decode() for a, b in spans] == sentences
+
+
+def test_what_counts_as_white_space_is_what_python_says():
+    white = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    assert sorted(white) == [chr(code) for code in segments.WHITE_SPACE]
 
 
 def test_special_tokens_join_the_token_before():
-    token_bytes = [b"", b"Hi.", b" Yes", b".", b"", b" No", b"."]
-    # " Yes" starts with the white space that ends the first sentence: its first byte is there.
-    assert segments.segment(token_bytes) == [(0, 3), (3, 6), (6, 7)]
+    token_bytes = [b"", b"Hi.", b" Yes", b".", b"", b" No", b".", b"", b""]
+    assert segments.segment(token_bytes) == [(0, 2), (2, 5), (5, 9)]
     assert segments.token_spans([b"", b""], []) == [(0, 2)]
     assert segments.token_spans([], []) == []
 
