@@ -30,6 +30,8 @@ eqs est etc ex exs fig figs ft hr hrs i.e ie inc incl jr lem ln max min mr mrs m
 pp prob prof prop props ref refs rem resp rhs lhs sec secs sol sq sr st suppl thm thms tr viz vol
 vols vs w.l.o.g wlog w.r.t wrt
 """.split()
+# Code points of the characters that are white space to str.isspace.
+WHITE_SPACE = np.array([code for code in range(0x3001) if chr(code).isspace()])
 # A lone surrogate never comes out of UTF-8: it marks replaced bytes, unlike a genuine U+FFFD.
 _MARK = 0xDC80
 
@@ -113,17 +115,20 @@ def sentence_spans(text: str, settings: Settings = DEFAULT) -> Spans:
 
 
 def token_spans(token_bytes: Sequence[bytes], text_spans: Spans) -> Spans:
-    """Carries sentences over to tokens. A token belongs to the sentence that holds its first byte.
+    """Carries sentences over to tokens.
+
+    A token belongs to the sentence that holds its first character that is not white space: " Ann"
+    begins Ann's sentence. A token of white space alone goes with the sentence before it (at the
+    start, with the first). A token that begins inside a character counts from that character.
 
     Args:
-      token_bytes: list of bytes, one per response token; b"" for a special token, which goes with
-        the token before it (so EOS joins the last sentence; leading ones join the first).
-      text_spans: character spans of `b"".join(token_bytes).decode("utf-8", "replace")`, contiguous,
-        covering it.
+      token_bytes: bytes of each response token; b"" for a special token, which goes with the token
+        before it (so EOS joins the last sentence; leading ones join the first).
+      text_spans: of `sentence_spans`, on `b"".join(token_bytes).decode("utf-8", "replace")`.
 
     Returns:
       list of (start, end) token spans: non-empty, contiguous, covering all tokens. A sentence that
-      holds no token's first byte has no span. No tokens -> [].
+      gets no token has no span. No tokens -> [].
     """
     num_tokens = len(token_bytes)
     if not num_tokens:
@@ -132,10 +137,17 @@ def token_spans(token_bytes: Sequence[bytes], text_spans: Spans) -> Spans:
     real_n = np.flatnonzero(size_t)
     if not len(real_n) or len(text_spans) < 2:
         return [(0, num_tokens)]
-    byte_of_char = _byte_offsets(b"".join(token_bytes))
-    starts_s = byte_of_char[[start for start, _ in text_spans]]
-    first_byte_n = (np.cumsum(size_t) - size_t)[real_n]
-    sentence_n = np.searchsorted(starts_s, first_byte_n, side="right")
+    byte_of_char, is_white = _characters(b"".join(token_bytes))
+    end_n = np.cumsum(size_t)[real_n]
+    first_char_n = np.searchsorted(byte_of_char, end_n - size_t[real_n], side="right") - 1
+    last_char_n = np.searchsorted(byte_of_char, end_n, side="left") - 1
+    solid = np.append(
+        np.flatnonzero(~is_white), len(is_white)
+    )  # characters that are no white space
+    solid_n = solid[np.searchsorted(solid, first_char_n)]
+    # White space between two sentences lies in the span of the one before: so it says for itself.
+    char_n = np.where(solid_n <= last_char_n, solid_n, first_char_n)
+    sentence_n = np.searchsorted([start for start, _ in text_spans], char_n, side="right")
     cuts = real_n[1:][sentence_n[1:] != sentence_n[:-1]].tolist()
     return list(zip([0, *cuts], [*cuts, num_tokens], strict=True))
 
@@ -254,13 +266,16 @@ def _mark_replaced(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("opd_jax_mark_replaced", _mark_replaced)
 
 
-def _byte_offsets(data: bytes) -> np.ndarray:
-    """int64[chars + 1]: the byte at which each character of data.decode("utf-8", "replace") starts.
+def _characters(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Of data.decode("utf-8", "replace"): the byte at which each character starts, and is it white?
 
     A replacement character stands for one to three bytes: how many is known only while decoding.
+
+    Returns:
+      int64[n], and bool[n].
     """
     text = data.decode("utf-8", "opd_jax_mark_replaced")
     code_n = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
     size_n = 1 + (code_n >= 0x80) + (code_n >= 0x800) + (code_n >= 0x10000)
     size_n = np.where((code_n > _MARK) & (code_n <= _MARK + 3), code_n - _MARK, size_n)
-    return np.concatenate([[0], np.cumsum(size_n)])
+    return np.cumsum(size_n) - size_n, np.isin(code_n, WHITE_SPACE)
