@@ -35,6 +35,30 @@ def test_mathematical_prose_is_not_split_at_abbreviations_or_decimals():
     ]
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["It is 2:30 p.m. in Rome and 8 a.m. in Lima. ", "So we add.\n"],
+        ["\\text{ p.m.} + 2 \\text{ hours}. ", "Done."],
+        ["From Jan. 3 to Sept. 5, 1990. ", "Then Oct. 7."],
+        ["The U.S. team beat the U.K. team. ", "It won."],
+        ["Ms. Li, Ph.D. in algebra, of Acme Corp. Ltd. agrees. ", "We do, too."],
+        ["Primes (2, 3, etc. and so on) vs. squares. ", "Thus done."],
+        ["Multiples of 7, e.g. 14, i.e. twice it. ", "No more."],
+        # These end a sentence, as words that are no abbreviation here do.
+        ["Hence AO = CO. ", "Then we add."],
+        ["It is 5 cm. ", "So be it."],
+        ["It ends in May. ", "In June it starts."],
+        ["We add 3 mg. ", "Then stir."],
+        ["The sum is odd. ", "The product is even."],
+    ],
+    ids="".join,
+)
+def test_abbreviations_end_no_sentence_and_other_words_do(sentences):
+    text = "".join(sentences)
+    assert texts_of(text, segments.sentence_spans(text)) == sentences
+
+
 def test_newlines_split_only_when_asked():
     text = "  First line\n\n  second line. Third\n"
     assert texts_of(text, segments.sentence_spans(text)) == [
