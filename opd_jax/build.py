@@ -23,7 +23,7 @@ from etils import epath
 from opd_jax import parallel, recorder, step
 from opd_jax.algorithm import selectors
 from opd_jax.algorithm.objective import check_models, check_sizes
-from opd_jax.config import Settings, read
+from opd_jax.config import Settings, defaults, read
 from opd_jax.model import qwen3, source
 from opd_jax.model.config import check_context
 from opd_jax.problems import contract, datasets, verify
@@ -38,7 +38,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> Run:
     """Everything of the run; raises ValueError, naming the flag, before anything is computed."""
     resolved = json.loads(json.dumps(config.to_dict()))  # as it will be read back: no tuples
     workdir = epath.Path(workdir)
-    owner.check_same_run(resolved, workdir)
+    owner.check_same_run(resolved, workdir, defaults())
     given = read(config)
     mesh = parallel.build_mesh(given.mesh)
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
@@ -171,7 +171,7 @@ def resume(
     if restored is None:
         shardings = parallel.shardings(qwen3.param_axes(given.student.config), updater.mesh)
         return Start(updater.init(given.student.load(shardings)), step=0, row={})
-    owner.compare(resolved, restored.config, checkpoints.directory.parent)
+    owner.compare(resolved, restored.config, checkpoints.directory.parent, defaults())
     stream.restore(restored.cursor["prompts"])
     return Start(restored.state, restored.step, restored.cursor["row"], restored.skipped)
 
@@ -193,12 +193,10 @@ def _prompts(given: Settings, tokenizer: Tokenizer, mesh) -> prompts.PromptStrea
     """This host's rows of every batch."""
     problems = datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
     feed = parallel.feed(mesh)
-    asked = dict(vars(given.data))
-    del asked["source"], asked["on_error"]
     return prompts.PromptStream(
         problems,
         tokenizer,
-        **asked,
+        given.data,
         seed=given.seed,
         host_index=feed.index,
         host_count=feed.count,
@@ -206,23 +204,16 @@ def _prompts(given: Settings, tokenizer: Tokenizer, mesh) -> prompts.PromptStrea
 
 
 def _selection(given: Settings, tokenizer: Tokenizer, mesh) -> selection.Stage:
+    gather = functools.partial(parallel.gather_rows, mesh)
+    host_group = parallel.feed(mesh).index
     return selection.build(
         given.selector,
         tokenizer.token_bytes,
-        segment_kind=given.segment.kind,
-        punkt=given.segment.punkt,
-        fixed_tokens=given.segment.fixed_tokens,
-        max_tokens=given.segment.max_tokens,
-        num_workers=given.segment.num_workers,
-        margin_kind=given.margin.kind,
-        include_sampled=given.margin.include_sampled,
-        margin_temperature=given.margin.temperature,
-        **given.weights,
+        given.margin,
+        given.segment,
+        given.objective,
         want_spans=bool(given.log.signals_every_steps),
-        seed=given.seed,
-        num_steps=given.num_steps,
-        gather=functools.partial(parallel.gather_rows, mesh),
-        feed_index=parallel.feed(mesh).index,
+        run=selection.Run(given.seed, given.num_steps, gather, host_group),
     )
 
 
