@@ -24,22 +24,19 @@ import sys
 import time
 from collections.abc import Iterable
 
-MAX_ANSWER = 2000  # characters; no answer is longer, and parsers are worse than linear
-START_SECONDS = 120.0  # a worker imports sympy, which takes seconds on a busy machine
-MATH_VERIFY_SECONDS = 3  # math-verify's own, softer limit on each of its three stages
+from opd_jax.problems import answers, symbolic
+from opd_jax.problems.answers import normalise as normalise
 
-_BOX = "\\boxed{"
-_BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+)*")  # no digit, sign or lone letter
-_CHOICE = re.compile(r"\(?([A-Z])\)?(?:[.:)].*)?", re.DOTALL)  # C, (C), C), C. text
+START_SECONDS = 120.0  # a worker imports sympy, which takes seconds on a busy machine
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last complete \boxed{...}; None when there is none. Linear in the text."""
     best, open_braces = None, []  # starts of contents; -1 where the brace is not a box's
     for match in _BRACES.finditer(text):
-        if match[0] == _BOX:
+        if match[0].startswith("\\boxed"):
             open_braces.append(match.end())
         elif match[0] == "{":
             open_braces.append(-1)
@@ -48,27 +45,6 @@ def last_boxed(text: str) -> str | None:
             if start > (best.start if best else -1):
                 best = slice(start, match.start())
     return None if best is None else text[best]
-
-
-def normalise(answer: str) -> str:
-    r"""The answer without what typesetting adds: $, \text{}, a final full stop, double spaces."""
-    answer = _WRAPPED.sub(r"\1", answer.strip().strip("$"))
-    return " ".join(answer.split()).removesuffix(".").strip()
-
-
-def compare_text(given: str, answer: str) -> bool | None:
-    """True or False where text decides; None where only mathematics can."""
-    given, answer = normalise(given), normalise(answer)
-    if given == answer:
-        return bool(answer)
-    if not given or not answer or max(len(given), len(answer)) > MAX_ANSWER:
-        return False
-    if re.fullmatch(r"[A-J]", answer):
-        choice = _CHOICE.fullmatch(given)
-        return bool(choice) and choice[1] == answer
-    if _WORDS.fullmatch(given) and _WORDS.fullmatch(answer):
-        return given.casefold() == answer.casefold()
-    return None
 
 
 class Verifier:
@@ -97,18 +73,18 @@ class Verifier:
         given = last_boxed(response)
         if given is None:
             return False
-        same = compare_text(given, answer)
-        return self._ask(given, answer) if same is None else same
+        until = time.monotonic() + self._seconds
+        return answers.equal(given, answer, lambda *sides: self._ask(*sides, until))
 
     def are_correct(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """`is_correct` of many (response, answer) pairs, all workers at once."""
         with concurrent.futures.ThreadPoolExecutor(self._num_workers) as pool:
             return list(pool.map(lambda pair: self.is_correct(*pair), pairs))
 
-    def _ask(self, given: str, answer: str) -> bool:
+    def _ask(self, given: str, answer: str, until: float) -> bool:
         worker = self._workers.get()
         try:
-            return worker.ask(normalise(given), normalise(answer), self._seconds)
+            return worker.ask(given, answer, until - time.monotonic())
         except (TimeoutError, OSError):  # hung, or died under us
             self.num_killed += 1
             worker.stop()
@@ -198,21 +174,9 @@ def serve() -> None:
     print('"ready"', file=out, flush=True)
     for line in sys.stdin:
         question = json.loads(line)
-        print(json.dumps(_equal(question["given"], question["answer"])), file=out, flush=True)
-
-
-def _equal(given: str, answer: str) -> bool:
-    import math_verify
-
-    def parse(text):
-        return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=MATH_VERIFY_SECONDS)
-
-    try:
-        return bool(
-            math_verify.verify(parse(answer), parse(given), timeout_seconds=MATH_VERIFY_SECONDS)
+        print(
+            json.dumps(symbolic.equal(question["given"], question["answer"])), file=out, flush=True
         )
-    except (MemoryError, RecursionError, math_verify.errors.TimeoutException):
-        return False  # what cannot be compared is not right
 
 
 @functools.cache
