@@ -102,7 +102,7 @@ def equal(given: str, answer: str, algebra: Algebra) -> bool:
 def _equal(given: str, answer: str, algebra: Algebra, depth: int) -> bool:
     if _tight(given) == _tight(answer):
         return True
-    for rule in (_same_choice, _same_words, _same_time):
+    for rule in (_same_choice, _same_words, _same_letters, _same_time):
         if (same := rule(given, answer)) is not None:
             return same
     given, answer = _without_name(given, answer)
@@ -176,6 +176,14 @@ def _word_key(text: str) -> str:
     return re.sub(r"[\s.,'\"“”`-]", "", _unwrapped(text)).casefold()
 
 
+def _same_letters(given: str, answer: str) -> bool | None:
+    """Of two products of single letters: xy is yx; None = not two of them."""
+    letters = [text.replace(" ", "") for text in (given, answer)]
+    if not all(re.fullmatch(r"[A-Za-z]+", text) for text in letters):
+        return None
+    return sorted(letters[0]) == sorted(letters[1])
+
+
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 
 
@@ -195,8 +203,11 @@ _NAMED = re.compile(rf"\s*({_NAME})\s*(?::?=|\\approx|\\in(?![a-z]))\s*(.+)", re
 
 
 def _without_name(given: str, answer: str) -> tuple[str, str]:
-    """5 for "x = 5" where the other side has no equation, or one with the same name."""
-    g, a = _NAMED.fullmatch(given), _NAMED.fullmatch(answer)
+    """5 for "x = 5" where the other side has no equation, or one with the same name.
+
+    Of a list each part has its own name: "x = 1, y = 2".
+    """
+    g, a = (None if _parts(side) else _NAMED.fullmatch(side) for side in (given, answer))
     if g and a and _tight(g[1]) == _tight(a[1]):
         return g[2], a[2]
     if g and not re.search(r"[=<>]|\\in(?![a-z])|\\[gl]eq?(?![a-z])", answer):

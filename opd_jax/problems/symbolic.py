@@ -13,7 +13,7 @@ import functools
 
 SECONDS = 3  # math-verify's own, softer limits on parsing and on comparing
 DIGITS = 6  # significant, of a decimal among other numbers
-EXACT = 1e-30  # relative difference of expressions without decimals, computed to 50 digits
+MAX_BUILT = 3000  # digits of integers that are worked out, 10^{100} + 1
 
 
 def equal(given: str, answer: str) -> bool:
@@ -97,14 +97,17 @@ def _same_value(a, b, *_) -> bool:
 
 
 def _same_number(a, b) -> bool:
+    """Of two constant expressions; exactly, unless one holds a decimal."""
     import sympy
 
-    if a.is_Rational and b.is_Rational:
-        return bool(a == b)
-    decimal = a.has(sympy.Float) or b.has(sympy.Float)
     x, y = (sympy.N(value, 50) for value in (a, b))
     if not (x.is_finite and y.is_finite) or not y or not x:
         return bool(x == y)
-    size = abs(y)
-    unit = sympy.Pow(10, sympy.floor(sympy.log(size, 10)) - DIGITS, evaluate=True) * 5
-    return bool(abs(x - y) <= (unit if decimal else EXACT * size))
+    digits = sympy.floor(sympy.log(abs(y), 10))
+    if a.has(sympy.Float) or b.has(sympy.Float):
+        return bool(abs(x - y) <= 5 * sympy.Pow(10, digits - DIGITS))
+    if abs(x - y) > abs(y) * sympy.Float("1e-40"):
+        return False
+    if abs(digits) < MAX_BUILT:
+        a, b = a.doit(), b.doit()
+    return bool(a == b) if a.is_Rational and b.is_Rational else bool((a - b).equals(0))

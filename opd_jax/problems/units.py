@@ -34,7 +34,7 @@ _COMPOUND = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "cc": 
 _SQUARE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SQUARED = {"squared": 2, "cubed": 3}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_FILLERS = {"of", "the", "a", "an", "total", "altogether", "unit", "units", "th", "st"}
+_FILLERS = {"of", "the", "a", "an", "total", "altogether", "th", "st"}
 _FILLERS |= {"nd", "rd"}
 # A word of these makes a statement of what would be a unit: "5 or more", "2 if x > 0".
 _STATEMENT = set("or and not no if when where than least most except plus minus times to".split())
@@ -123,6 +123,7 @@ def read(text: str, spaced: bool = True, letters: bool = True) -> tuple[Unit, in
                 out[name] = out.get(name, 0) + power * int(found["direct"] or 1)
                 last, sign, ahead = (name, power), 1, 1
             bare = False
+    out.pop("unit", None)  # "square units" says nothing
     return {name: power for name, power in out.items() if power}, scale
 
 
