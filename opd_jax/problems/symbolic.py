@@ -9,36 +9,33 @@ units by a list that holds `t`, `s` and `h`, and takes any number out of what it
 Run it in a process of its own (`verify`): sympy can hang, crash and eat the memory.
 """
 
-import functools
+import latex2sympy2_extended.latex2sympy2 as latex
+import math_verify
+import sympy
+from math_verify import grader, parser, utils
 
 SECONDS = 3  # math-verify's own, softer limits on parsing and on comparing
 DIGITS = 6  # significant, of a decimal among other numbers
 MAX_BUILT = 3000  # digits of integers that are worked out, 10^{100} + 1
 
 
-def equal(given: str, answer: str) -> bool:
+def equal(sides: tuple[str, str]) -> bool:
     r"""True = two LaTeX expressions are equal; False also where either cannot be read.
 
-    Left and right are not alike: "x = 5" is the answer to 5, and `answer` is the reference.
+    `sides`: the answer given and the reference. They are not alike: "x = 5" is an answer to 5.
     """
-    import math_verify
-    from math_verify import utils
-
-    _compare_relatively()
+    given, answer = sides
     try:
         read = utils.timeout(timeout_seconds=SECONDS)(_parse)
         return bool(math_verify.verify(read(answer), read(given), timeout_seconds=SECONDS))
-    except (MemoryError, RecursionError, math_verify.errors.TimeoutException):
+    except math_verify.errors.TimeoutException:
         return False
-    except Exception:  # the parser raises what its grammar's action raises: this is no LaTeX of it
+    except Exception:  # no LaTeX of the parser's grammar, or too large or too deep for sympy
         return False
 
 
 def _parse(text: str):
     """A sympy object."""
-    import latex2sympy2_extended.latex2sympy2 as latex
-    from math_verify import grader, parser
-
     text = latex.normalize_latex(
         text, latex.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     )
@@ -60,27 +57,13 @@ def _parse(text: str):
         return parse(last)
 
 
-@functools.cache
-def _compare_relatively() -> None:
-    """Puts ours in the place of math-verify's comparisons of numbers and of lone symbols."""
-    from math_verify import grader
-
-    for name, ours in (("sympy_numeric_eq", _same_value), ("sympy_compare_symbols", _same_symbol)):
-        assert callable(getattr(grader, name))  # or this would change nothing, in silence
-        setattr(grader, name, ours)
-
-
 def _same_symbol(a, b) -> bool:
     """Of two expressions, one of them a symbol: x is 2x/2, and neither X nor (a lone E) e."""
-    from math_verify import grader
-
     return bool(a == b) or grader.sympy_symbolic_eq(a, b)
 
 
 def _same_value(a, b, *_) -> bool:
     """Equal numbers, or matrices or functions of equal numbers; False = not seen to be equal."""
-    import sympy
-
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         a, b = (x.doit() if isinstance(x, sympy.MatrixExpr) else x for x in (a, b))
         same_shape = getattr(a, "shape", None) == getattr(b, "shape", 0)
@@ -98,8 +81,6 @@ def _same_value(a, b, *_) -> bool:
 
 def _same_number(a, b) -> bool:
     """Of two constant expressions; exactly, unless one holds a decimal."""
-    import sympy
-
     x, y = (sympy.N(value, 50) for value in (a, b))
     if not (x.is_finite and y.is_finite) or not y or not x:
         return bool(x == y)
@@ -111,3 +92,10 @@ def _same_number(a, b) -> bool:
     if abs(digits) < MAX_BUILT:
         a, b = a.doit(), b.doit()
     return bool(a == b) if a.is_Rational and b.is_Rational else bool((a - b).equals(0))
+
+
+# Ours in the place of math-verify's comparisons of numbers and of lone symbols. The names must be
+# there already, or this would change nothing, in silence.
+for _name, _ours in (("sympy_numeric_eq", _same_value), ("sympy_compare_symbols", _same_symbol)):
+    assert callable(getattr(grader, _name))
+    setattr(grader, _name, _ours)

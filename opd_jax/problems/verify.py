@@ -1,33 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Is a response's answer right? The last \boxed{} against the reference.
 
-Cheap tests first: the same text, or the same letter for multiple choice. What is left goes to
-`math-verify` (1/2 and 0.5 are equal) in worker processes, because sympy can hang, crash or eat the
-memory on a hostile expression, and model output is hostile sooner or later. A worker that passes
-its time limit is killed; its answer counts as wrong and a new worker takes its place.
-
-Workers are plain subprocesses that speak JSON lines: no fork of a process that runs JAX, no pickle.
+What text decides is decided here (`answers`). What is left is algebra and goes to worker processes
+(`symbolic`), because sympy can hang, crash or eat the memory on a hostile expression, and model
+output is hostile sooner or later. A worker that passes its time limit is killed; its answer counts
+as wrong and a new worker takes its place.
 """
 
 import atexit
 import concurrent.futures
-import contextlib
 import functools
-import json
-import os
-import pathlib
-import queue
 import re
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 
-from opd_jax.problems import answers, symbolic
+from opd_jax import workers
+from opd_jax.problems import answers
 from opd_jax.problems.answers import normalise as normalise
-
-START_SECONDS = 120.0  # a worker imports sympy, which takes seconds on a busy machine
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -48,11 +37,7 @@ def last_boxed(text: str) -> str | None:
 
 
 class Verifier:
-    """Decides whether answers are right, in worker processes with hard limits.
-
-    Attributes:
-      num_killed: workers that passed a limit or died; each counts as one wrong answer.
-    """
+    """Decides whether answers are right, in worker processes with hard limits."""
 
     def __init__(self, num_workers: int = 1, seconds: float = 10.0, memory_mib: int = 2048):
         """`seconds`: wall time for one answer. `memory_mib`: address space of a worker."""
@@ -61,12 +46,19 @@ class Verifier:
                 f"Verifier(num_workers={num_workers}, seconds={seconds}, memory_mib={memory_mib}): "
                 "needs a worker, time and at least 512 MiB for sympy; try (1, 10.0, 2048)"
             )
-        self.num_killed = 0
-        self._seconds = seconds
-        self._workers: queue.Queue[_Worker] = queue.Queue()
-        for _ in range(num_workers):
-            self._workers.put(_Worker(memory_mib))
-        self._num_workers = num_workers
+        self._num_workers, self._seconds = num_workers, seconds
+        self._pool = workers.Pool(
+            "opd_jax.problems.symbolic:equal",
+            num_workers,
+            seconds=seconds,
+            memory_mib=memory_mib,
+            at_once=False,
+        )
+
+    @property
+    def num_killed(self) -> int:
+        """Workers that passed a limit or died; an answer that did it to them is wrong."""
+        return self._pool.num_died
 
     def is_correct(self, response: str, answer: str) -> bool:
         r"""True = the last \boxed{} of the response equals the answer."""
@@ -74,109 +66,31 @@ class Verifier:
         if given is None:
             return False
         until = time.monotonic() + self._seconds
-        return answers.equal(given, answer, lambda *sides: self._ask(*sides, until))
+        return answers.equal(given, answer, lambda *sides: self._ask(sides, until))
 
     def are_correct(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """`is_correct` of many (response, answer) pairs, all workers at once."""
         with concurrent.futures.ThreadPoolExecutor(self._num_workers) as pool:
             return list(pool.map(lambda pair: self.is_correct(*pair), pairs))
 
-    def _ask(self, given: str, answer: str, until: float) -> bool:
-        worker = self._workers.get()
-        try:
-            return worker.ask(given, answer, until - time.monotonic())
-        except (TimeoutError, OSError):  # hung, or died under us
-            self.num_killed += 1
-            worker.stop()
+    def _ask(self, sides: tuple[str, str], until: float) -> bool:
+        """False also past the answer's time: one of many parts may ask for each."""
+        if time.monotonic() > until:
             return False
-        finally:
-            self._workers.put(worker)
+        try:
+            return self._pool.submit(sides).result()
+        except (TimeoutError, EOFError):
+            return False
 
     def close(self) -> None:
-        """Stops the workers; the next answer that needs one starts it again."""
-        for _ in range(self._num_workers):
-            worker = self._workers.get()
-            worker.stop()
-            self._workers.put(worker)
+        """Ends the workers."""
+        self._pool.close()
 
     def __enter__(self) -> "Verifier":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-class _Worker:
-    """One subprocess; started by the first question."""
-
-    def __init__(self, memory_mib: int):
-        self._memory_mib = memory_mib
-        self._process: subprocess.Popen | None = None
-        self._rest = b""
-
-    def ask(self, given: str, answer: str, seconds: float) -> bool:
-        """Raises TimeoutError past the limit, OSError when the process is gone."""
-        if self._process is None:
-            self._start()
-        question = json.dumps({"given": given, "answer": answer}).encode() + b"\n"
-        self._process.stdin.write(question)
-        self._process.stdin.flush()
-        return json.loads(self._read_line(seconds))
-
-    def _start(self) -> None:
-        root = str(pathlib.Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        self._rest = b""
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from opd_jax.problems import verify; verify.serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path, "OPD_JAX_VERIFY_MIB": str(self._memory_mib)},
-        )
-        self._read_line(START_SECONDS)  # "ready": its imports do not count as an answer's time
-
-    def _read_line(self, seconds: float) -> bytes:
-        deadline, out = time.monotonic() + seconds, self._process.stdout.fileno()
-        while b"\n" not in self._rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
-                raise TimeoutError
-            chunk = os.read(out, 4096)
-            if not chunk:
-                raise BrokenPipeError
-            self._rest += chunk
-        line, self._rest = self._rest.split(b"\n", 1)
-        return line
-
-    def stop(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        with contextlib.suppress(OSError):  # a broken pipe on closing says nothing new
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-        self._process = None
-
-
-def serve() -> None:
-    """A worker's life: a JSON object per line in, true or false per line out, until stdin ends."""
-    import resource
-
-    limit = int(os.environ["OPD_JAX_VERIFY_MIB"]) * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    import math_verify  # noqa: F401  (seconds; before "ready")
-
-    print('"ready"', file=out, flush=True)
-    for line in sys.stdin:
-        question = json.loads(line)
-        print(
-            json.dumps(symbolic.equal(question["given"], question["answer"])), file=out, flush=True
-        )
 
 
 @functools.cache

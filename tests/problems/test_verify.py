@@ -6,6 +6,7 @@ said by `both`.
 """
 
 import os
+import pathlib
 import signal
 import time
 
@@ -506,7 +507,7 @@ def test_plain_answers_start_no_process():
         assert not v.is_correct("\\boxed{blue}", "green")
         assert v.is_correct("\\boxed{18\\text{ cm}}", "18.0")
         assert not v.is_correct("\\boxed{" + "9" * 3000 + "}", "9" * 3001)
-        assert v._workers.queue[0]._process is None
+        assert v._pool._idle.queue[0].pid is None
 
 
 HOSTILE = [
@@ -535,10 +536,9 @@ HOSTILE = [
 def test_hostile_answers_are_wrong_and_the_next_answer_is_still_right(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with verify.Verifier(num_workers=2, seconds=3.0) as v:
-        for answer in ("7", "\\sqrt{7}", "(1e9, 2)"):
-            pairs = [(f"\\boxed{{{h}}}", answer) for h in HOSTILE]
-            assert v.are_correct(pairs) == [False] * len(HOSTILE)
-        v._seconds = 60.0
+        pairs = [(f"\\boxed{{{h}}}", ("7", "(\\sqrt{7}, 2)")[i % 2]) for i, h in enumerate(HOSTILE)]
+        assert v.are_correct(pairs) == [False] * len(HOSTILE)
+        v._seconds = v._pool._seconds = 60.0
         assert v.are_correct([("\\boxed{\\sqrt 8}", "2\\sqrt 2")] * 4) == [True] * 4
     assert os.listdir(tmp_path) == []
 
@@ -556,19 +556,25 @@ def test_a_worker_that_hangs_or_dies_is_counted_and_replaced(verifier, monkeypat
     root = ("so \\boxed{\\sqrt{8}}", "2\\sqrt{2}")
     assert verifier.is_correct(*root)
     with monkeypatch.context() as patch:
-        patch.setattr(verifier, "_seconds", 0.5)
-        hung = verifier._workers.queue[0]._process
-        os.kill(hung.pid, signal.SIGSTOP)
+        patch.setattr(verifier._pool, "_seconds", 0.5)
+        hung = verifier._pool._idle.queue[0].pid
+        os.kill(hung, signal.SIGSTOP)
         assert not verifier.is_correct(*root)
-    assert verifier.num_killed == 1 and hung.poll() is not None
+    assert verifier.num_killed == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
     assert verifier.is_correct(*root)
-    dead = verifier._workers.queue[0]._process
-    dead.kill()
-    dead.wait()
-    assert not verifier.is_correct(*root)
+    verifier._pool._idle.queue[0].kill()
+    assert verifier.is_correct(*root)  # its death was not this answer's doing
     assert verifier.num_killed == 2
-    verifier.close()
-    assert all(worker._process is None for worker in verifier._workers.queue)
+
+
+def test_the_memory_of_a_worker_is_limited():
+    with verify.Verifier(seconds=60.0, memory_mib=512) as v:
+        assert v.is_correct("\\boxed{\\sqrt{8}}", "2\\sqrt{2}")
+        worker = v._pool._idle.queue[0].pid
+        limits = (pathlib.Path("/proc") / str(worker) / "limits").read_text()
+        assert str(512 * 2**20) in limits
 
 
 def test_wrong_limits_are_refused():
