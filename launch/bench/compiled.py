@@ -21,7 +21,7 @@ FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd")
 
 
 def loss_memory_case(args) -> Report:
-    """Temporary memory of loss and gradient over the full vocabulary, --rows x --new-tokens tokens.
+    """Temporary memory of loss and gradient over the full vocabulary, --rows x --new_tokens tokens.
 
     Nothing runs: the program is compiled for one chip of --topology.
     """
