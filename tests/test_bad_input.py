@@ -27,6 +27,7 @@ from opd_jax.problems.datasets import build_dataset
 from opd_jax.stages import evaluate, packing, rollout, sampling, selection
 from opd_jax.stages.prompts import PromptStream
 from opd_jax.workdir import checkpoint, owner
+from tests import advice
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -361,6 +362,7 @@ def test_bad_input_is_refused_with_what_was_given_and_what_to_set(row):
     assert row.given in message.replace(row.flag, ""), message  # not just in the advice
     assert row.flag in message, message
     assert len(message) > 60, "says neither what is needed nor why"
+    advice.check(message)
 
 
 @pytest.mark.parametrize("subject", ELSEWHERE)

@@ -40,7 +40,8 @@ def search(
     numbers = itertools.count(1)
 
     def attempt(element: Element) -> None:
-        report(f"candidate {next(numbers)} of {len(tries) + len(_LINES)}: {_flags(element)}")
+        flags = config_flags.as_line(element)
+        report(f"candidate {next(numbers)} of {len(tries) + len(_LINES)}: {flags}")
         try:
             found.append((element, plan(config_flags.apply_overrides(config, element))))
             report("  " + ", ".join(f"{k} {v}" for k, v in _figures(found[-1][1]).items()))
@@ -74,13 +75,9 @@ def _rank(candidate: tuple[Element, Plan]) -> tuple:
     return not plan.fits, plan.step_seconds or float("inf")
 
 
-def _flags(element: Element) -> str:
-    return " ".join(config_flags.as_flags(element))
-
-
 def as_table(found: list[tuple[Element, Plan]]) -> str:
     rows = [["flags", *_figures(found[0][1])]]
-    rows += [[_flags(element), *_figures(plan).values()] for element, plan in found]
+    rows += [[config_flags.as_line(element), *_figures(plan).values()] for element, plan in found]
     return "\n".join(
         [columns.align(rows), "", "predicted; the first line is the fastest that fits"]
     )

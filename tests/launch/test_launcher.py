@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from launch import launcher
+from tests import advice
 
 SLURM = dict(
     SLURM_JOB_ID="7",
@@ -92,8 +93,9 @@ def without(name):
     ],
 )
 def test_a_half_set_place_is_refused_and_names_what_is_missing(place, message):
-    with pytest.raises(SystemExit, match=re.escape(message)):
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
         launcher.place(*place)
+    advice.check(error.value)
 
 
 def test_a_tpu_host_joins_by_itself_and_refuses_a_missing_worker_id(monkeypatch):
