@@ -39,6 +39,8 @@ import ml_collections as mlc
 from absl import app, flags
 from ml_collections import config_flags as mlc_flags
 
+from opd_jax.settings import flatten
+
 flags.disclaim_key_flags()  # --config belongs to the launcher that calls define(): --help shows it
 
 EXAMPLE = "--config=configs/quickstart.py"
@@ -235,15 +237,6 @@ def check_key(config: mlc.ConfigDict, key: str) -> None:
             f"--config.{key} cannot be set by a flag: its value is {names[key]!r}, of type "
             f"{type(names[key]).__name__}; set it in a config file"
         )
-
-
-def flatten(config: mlc.ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of every value in a config or a nested dict."""
-    flat = {}
-    for name, value in config.items():
-        is_section = isinstance(value, mlc.ConfigDict | Mapping)
-        flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
-    return flat
 
 
 def _nearest(key: str, names: Mapping[str, Any]) -> str:

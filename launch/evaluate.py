@@ -105,24 +105,21 @@ def build(verifier, directory, step: int | None):
 
     from opd_jax import parallel
     from opd_jax.model import hf, qwen3
+    from opd_jax.model.config import check_context
     from opd_jax.problems.tokenizer import load_tokenizer
     from opd_jax.stages import evaluate, rollout
 
     mesh = parallel.build_mesh([(axis, int(size)) for axis, size in parse_mesh(MESH.value)])
     tokenizer = load_tokenizer(directory)
     config = qwen3.Qwen3Config.from_hf(directory)
+    check_context(config, PROMPT_LEN.value, RESPONSE_LEN.value, "model", prefixes=("", ""))
     parallel.check_model(config, mesh, "model")
     shardings = parallel.shardings(qwen3.param_axes(config), mesh)
     if step is None:
         _, params = hf.load(directory, jnp.dtype(DTYPE.value), shardings)
     else:
         params = read_checkpoint(MODEL.value, step, shardings)
-    sampler = rollout.build(
-        config,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        vocab_size=tokenizer.vocab_size,
-        mesh=mesh,
+    settings = rollout.Settings(
         response_len=RESPONSE_LEN.value,
         num_slots=BATCH_SIZE.value,
         num_candidates=1,
@@ -131,12 +128,13 @@ def build(verifier, directory, step: int | None):
         top_p=TOP_P.value,
         min_p=MIN_P.value,
         first_cache=min(512, PROMPT_LEN.value + RESPONSE_LEN.value),
-        backend=qwen3.Backend(
-            compute_dtype=jnp.dtype(DTYPE.value),
-            unroll=qwen3.choose_unroll(-1, parallel.platform(mesh)),
-            shard=parallel.shard_activations(mesh),
-        ),
     )
+    backend = qwen3.Backend(
+        compute_dtype=jnp.dtype(DTYPE.value),
+        unroll=qwen3.choose_unroll(-1, parallel.platform(mesh)),
+        shard=parallel.shard_activations(mesh),
+    )
+    sampler = rollout.build(config, settings, tokenizer.vocabulary, mesh=mesh, backend=backend)
     evaluator = evaluate.build(
         sampler,
         tokenizer,

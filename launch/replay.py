@@ -44,12 +44,13 @@ def replay(fault: str) -> str:
     lines += nonfinite("scores", {k: v for k, v in vars(scores).items() if v is not None})
     lines += nonfinite("weight", weight_bt)
     config = mlc.ConfigDict(records.read_json(place.parent.parent, "config.json"))
-    with tempfile.TemporaryDirectory() as scratch, build.build(config, scratch) as job:
-        shapes = build.state_shapes(job.update, job.student_config, config.student.param_dtype)
+    with tempfile.TemporaryDirectory() as scratch, build.build(config, scratch) as run:
+        update = run.stages.update
+        shapes = build.state_shapes(update, run.student)
         restored = checkpoint.Checkpoints(str(place / "checkpoints")).restore(shapes)
         lines += nonfinite("params", restored.state.params)
         batch = rolled, scores, weight_bt, denominator
-        _, sums = job.update(restored.state, *batch, job.teacher_head_vd)
+        _, sums = update(restored.state, *batch, run.stages.frozen.teacher_head_vd)
         for name, (total, count) in sorted(jax.device_get(sums).items()):
             lines.append(f"{name:<28}{float(total) / max(float(count), 1):>14.6g}")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ import ml_collections as mlc
 from absl import flags
 from etils import epath
 
+from configs import base
 from launch import columns, config_flags, launcher
 from opd_jax.workdir import owner, preemption, records
 
@@ -152,8 +153,9 @@ def plan(config: mlc.ConfigDict, found: Iterable[Mapping], workdir: str) -> list
                 f"two elements of the sweep are the same run: {a.name!r} and {b.name!r}; leave one "
                 "out"
             )
+    defaults = base.get_config().to_dict()
     for run in runs:
-        owner.check_same_run(run.config, epath.Path(run.workdir))
+        owner.check_same_run(run.config, epath.Path(run.workdir), defaults)
     return runs
 
 

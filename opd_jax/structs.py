@@ -6,10 +6,18 @@ Index t of every response array means response token t; a log-probability at t i
 given everything before it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import struct
+
+
+class Vocabulary(NamedTuple):
+    """Token ids that sampling must know."""
+
+    size: int  # real tokens, the tokenizer's; a head may have more rows, which are never drawn
+    eos_ids: tuple[int, ...]  # a response ends with any of them
+    pad_id: int
 
 
 @struct.dataclass
@@ -44,9 +52,7 @@ class Scores:
     teacher_logp_bt: np.ndarray | None = None  # float32[B, T], nats, of the sampled token
     teacher_logp_btk: np.ndarray | None = None  # float32[B, T, K], nats, of the candidates
     teacher_entropy_bt: np.ndarray | None = None  # float32[B, T], nats
-    teacher_ids_btk: np.ndarray | None = (
-        None  # int32[B, T, J], the teacher's own top ids, best first
-    )
+    teacher_ids_btk: np.ndarray | None = None  # int32[B, T, J], its own top ids, best first
     teacher_ids_logp_btk: np.ndarray | None = None  # float32[B, T, J], nats, at these ids
     teacher_hidden_btd: Any | None = None  # compute dtype [B, T, D], state that predicts token t
     reference_logp_bt: np.ndarray | None = None  # float32[B, T], nats, of the sampled token

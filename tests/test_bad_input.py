@@ -18,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import build, parallel
+from opd_jax import parallel, recorder
 from opd_jax.algorithm import change_point, margin, segments, selectors
 from opd_jax.algorithm.objective import Objective, check_models, check_sizes
-from opd_jax.model import hf, qwen3
+from opd_jax.config import Settings
+from opd_jax.model import backend, hf, qwen3
+from opd_jax.model.source import Teacher
 from opd_jax.problems import benchmarks, intervals, task
 from opd_jax.problems.datasets import build_dataset
-from opd_jax.stages import evaluate, packing, rollout, sampling, selection
+from opd_jax.stages import evaluate, optimizer, packing, rollout, sampling, selection
 from opd_jax.stages.prompts import PromptStream
+from opd_jax.structs import Vocabulary
 from opd_jax.workdir import checkpoint, owner
 from tests import advice
 
@@ -40,12 +43,12 @@ ELSEWHERE = {
     "a model directory": "model/test_hf.py::test_bad_directories_are_refused_with_the_reason",
     "a hub id without network": "model/test_hf.py::test_a_hub_id_without_network_says_what_to_do",
     "a failed save": "model/test_hf.py::test_a_failed_save_leaves_what_was_there",
-    "student and teacher that differ": "test_contract.py::"
+    "student and teacher that differ": "problems/test_contract.py::"
     "test_each_mismatch_is_shown_and_can_be_allowed_by_name",
-    "a line of JSONL": "test_data.py::test_a_bad_line_is_named_or_skipped_by_flag",
-    "a prompt that is too long": "test_data.py::"
+    "a line of JSONL": "problems/test_datasets.py::test_a_bad_line_is_named_or_skipped_by_flag",
+    "a prompt that is too long": "problems/test_datasets.py::"
     "test_a_prompt_that_is_too_long_is_refused_or_dropped_by_flag",
-    "a tokenizer": "test_text.py::test_a_tokenizer_that_is_not_byte_level_is_refused",
+    "a tokenizer": "problems/test_tokenizer.py::test_a_tokenizer_that_is_not_byte_level_is_refused",
     "a key or value of the config": "launch/test_config_flags.py::"
     "test_a_wrong_key_or_value_names_one_that_works",
     "a config file": "launch/test_config_flags.py::"
@@ -59,11 +62,12 @@ ELSEWHERE = {
     "test_a_slice_that_does_not_exist_is_refused_with_one_that_does",
     "a plan without its compiler": "launch/test_plan.py::"
     "test_without_the_compiler_the_extra_is_named",
-    "a workdir of another run, now": "test_owner.py::"
+    "a workdir of another run, now": "workdir/test_owner.py::"
     "test_a_second_run_is_refused_before_it_starts_and_a_killed_one_is_not_in_the_way",
     "a workdir of another config": "test_train.py::"
     "test_another_config_in_the_workdir_is_refused_by_key",
-    "unusable checkpoints": "test_checkpoint.py::test_when_all_are_damaged_it_stops_and_names_each",
+    "unusable checkpoints": "workdir/test_checkpoint.py::"
+    "test_when_all_are_damaged_it_stops_and_names_each",
 }
 
 
@@ -106,8 +110,8 @@ def mesh_of(**sizes: int) -> types.SimpleNamespace:
 
 def sampler(**given):
     model = qwen3.Qwen3Config(64, 32, 48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-    knobs = dict(eos_ids=(1,), pad_id=0, response_len=8, mesh=mesh_of(data=4)) | given
-    return rollout.build(model, **knobs)
+    settings = rollout.Settings(**dict(response_len=8) | given)
+    return rollout.build(model, settings, Vocabulary(64, (1,), 0), mesh=mesh_of(data=4))
 
 
 def draw(**given):
@@ -117,13 +121,6 @@ def draw(**given):
 
 def prompts(source=("a",), **given):
     return PromptStream(source, None, **dict(batch_size=4, prompt_len=8, seed=0) | given)
-
-
-def learning_rate(**given):
-    from ml_collections import ConfigDict
-
-    section = dict(learning_rate=1e-3, warmup_steps=0, decay="cosine") | given
-    return build._optimizer(ConfigDict(section), 10)
 
 
 WEIGHTS = dict(
@@ -153,7 +150,7 @@ ROWS = [
         sampler,
         "rollout",
         (dict(decode_chunk=0), "decode_chunk=32"),
-        (dict(response_len=0), "response_len=32"),
+        (dict(response_len=0), "response_len=192"),
         (dict(num_slots=9), "num_slots=8"),
     ),
     # What is supervised.
@@ -249,14 +246,40 @@ ROWS = [
         (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0"),
         (dict(kind="forward_kl", stop_gradient=True), "stop_gradient=False"),
     ),
-    Row("gamma", "one of the knobs", lambda: Objective("jsd", gamma=1.0)),
     *knobs(
         functools.partial(check_sizes, Objective(), vocab_size=10),
         "rollout",
         (dict(num_candidates=1), "num_candidates=4"),
         (dict(num_candidates=11), "num_candidates=4"),
     ),
-    *knobs(learning_rate, "optim", (dict(decay="linear"), "decay=constant or cosine")),
+    *knobs(
+        optimizer.Settings,
+        "optim",
+        (dict(decay="linear"), "decay=constant"),
+        (dict(learning_rate=math.nan), "learning_rate=1e-05"),
+        (dict(b1=1.5), "b1=0.9"),
+        (dict(b2=-1.0), "b2=0.999"),
+        (dict(eps=-1.0), "eps=1e-08"),
+        (dict(clip_norm=math.nan), "clip_norm=1.0"),
+        (dict(weight_decay=-1.0), "weight_decay=0.01"),
+        (dict(warmup_steps=-3), "warmup_steps=0"),
+        (dict(max_skipped=-1), "max_skipped=3"),
+    ),
+    *knobs(
+        rollout.Settings,
+        "rollout",
+        (dict(first_cache=-5), "first_cache=0"),
+        (dict(head_dtype="fp8"), "head_dtype=''"),
+        (dict(temperature=1e-40), "temperature=1.0"),
+        (dict(by="nobody"), "by=student"),
+    ),
+    *knobs(packing.Settings, "pack", (dict(head_chunk=0), "head_chunk=128")),
+    *knobs(backend.Settings, "model", (dict(compute_dtype="bf16"), "compute_dtype=float32")),
+    *knobs(recorder.Settings, "log", (dict(every_steps=0), "every_steps=1")),
+    Row("config.seed=-1", "--config.seed=0", lambda: Settings(seed=-1)),
+    Row(f"config.seed={10**20}", "--config.seed=0", lambda: Settings(seed=10**20)),
+    Row("config.mesh=(('fsdp',),)", "--config.mesh=", lambda: Settings(mesh=(("fsdp",),))),
+    Row("config.mesh='fsdp:2'", "--config.mesh=", lambda: Settings(mesh="fsdp:2")),
     # Sizes, batches and the mesh.
     *knobs(
         packing.check_shape,
@@ -308,12 +331,16 @@ ROWS = [
     Row(
         "--config.teacher.path=nowhere",
         "--config.teacher.path=embedded:teacher",
-        lambda: build.Source("teacher", "nowhere", "float32").directory,
+        lambda: Teacher("nowhere").directory,
     ),
     *knobs(
-        functools.partial(checkpoint.Checkpoints, "nowhere"),
+        checkpoint.Settings,
         "checkpoint",
         (dict(keep_last=0), "keep_last=2"),
+        (dict(every_steps=-1), "every_steps=20"),
+        (dict(keep_every_steps=-4), "keep_every_steps=0"),
+        (dict(keep_best=-1), "keep_best=1"),
+        (dict(keep_best=1.5), "keep_best=1"),
     ),
     Row(
         "rate: 0.1 there, 0.5 now; seed: 0 there, 7 now",

@@ -5,8 +5,8 @@
   python -m launch.bench --case=decode --vocab=4096 --json
   python -m launch.bench --case=update --threads=0 --student=2048,28,16,8,128,6144 --dtype=bfloat16
 
-Each case's default sizes are those of the README's table. Weights are random: no checkpoint is
-read. On CPU the process is pinned to --threads CPUs before JAX starts.
+Each case's default sizes are those of the table in docs/speed.md. Weights are random: no checkpoint
+is read. On CPU the process is pinned to --threads CPUs before JAX starts.
 """
 
 import sys

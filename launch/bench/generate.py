@@ -12,6 +12,7 @@ from launch.bench import measure, sizes
 from launch.bench.measure import Report
 from opd_jax import parallel
 from opd_jax.stages import decode, rollout, sampling
+from opd_jax.structs import Vocabulary
 
 
 def decode_case(args) -> Report:
@@ -68,18 +69,14 @@ def decode_case(args) -> Report:
 
 
 def build_sampler(args, config, head_dtype, **changes) -> rollout.Sampler:
-    """A sampler without EOS, so that every row runs to its limit."""
+    """A sampler without EOS, so that every row runs to its limit; `changes` are settings."""
     mesh = sizes.build_mesh(args)
-    settings = dict(
-        eos_ids=(),
-        pad_id=0,
-        response_len=args.new_tokens,
-        mesh=mesh,
-        decode_chunk=args.new_tokens,
-        backend=sizes.backend(args, mesh),
-        head_dtype=head_dtype,
-    )
-    return rollout.build(config, **settings | changes)
+    settings = dict(response_len=args.new_tokens, decode_chunk=args.new_tokens)
+    settings |= dict(head_dtype=jnp.dtype(head_dtype).name)
+    vocabulary = Vocabulary(config.vocab_size, eos_ids=(), pad_id=0)
+    backend = sizes.backend(args, mesh)
+    settings = rollout.Settings(**settings | changes)
+    return rollout.build(config, settings, vocabulary, mesh=mesh, backend=backend)
 
 
 class _DecodeSteps:
@@ -95,15 +92,16 @@ class _DecodeSteps:
         prompts = sizes.random_prompts(args.batch, args.prompt_len, args.vocab, args.seed)
         length = np.full(args.batch, args.prompt_len, np.int32)
         limit = np.full(args.batch, args.new_tokens, np.int32)
-        source = np.arange(args.batch, dtype=np.int32)  # prompt i goes to slot i
-        self.rows = (prompts.tokens_bp, length, prompts.row_b, limit, source)
+        self.rows = decode.Arrivals(prompts.tokens_bp, length, prompts.row_b, limit)
+        self.source = np.arange(args.batch, dtype=np.int32)  # prompt i goes to slot i
         self.key = jax.random.key_data(jax.random.key(args.seed))
         self.first = None
 
     def __call__(self) -> float:
         args, spec, weights = self.args, self.spec, self.weights
         slots = decode.init(spec, args.batch, args.prompt_len + args.new_tokens)
-        slots = decode.insert(spec, weights, slots, self.key, *map(jnp.asarray, self.rows))
+        rows = jax.tree.map(jnp.asarray, self.rows)
+        slots = decode.insert(spec, weights, slots, self.key, rows, jnp.asarray(self.source))
         jax.block_until_ready(slots)
         clock = measure.Clock()
         out = decode.decode(spec, weights, slots, jnp.int32(args.batch + 1))

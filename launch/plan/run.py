@@ -14,7 +14,9 @@ import ml_collections as mlc
 from launch.plan import chips, predict, stages
 from launch.plan.text import Plan
 from opd_jax import build, parallel
+from opd_jax.config import read
 from opd_jax.model import hf, published, qwen3
+from opd_jax.structs import Vocabulary
 
 EOS_IDS = (151645, 151643)  # Qwen3's; only how many there are is compiled
 
@@ -46,38 +48,17 @@ def plan(config: mlc.ConfigDict, slice_: chips.Slice, assume: stages.Assumptions
 
 def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.Pieces:
     """What a step of `config` compiles on `mesh`, read from the config as a run reads it."""
-    parallel.check_rows(config.data.batch_size, "data.batch_size", mesh)
-    sections = {role: config[role] for role in ("student", "teacher", "reference")}
-    models = {role: model_config(section.path, role) for role, section in sections.items()}
-    objective, _ = build.objective(config.objective)
-    reads = build.selector(config.selector).needs | {"teacher_logp_bt"} | build.WATCHED
-    device = build.on_device(
-        config,
-        mesh,
-        models,
-        eos_ids=EOS_IDS,
-        pad_id=EOS_IDS[-1],
-        vocab_size=models["student"].vocab_size,
-        batch_size=config.data.batch_size,
-        prompt_len=config.data.prompt_len,
-        sample=config.rollout.to_dict(),
-        objective=objective,
-        needs=(objective.needs | reads) - {"spans"},
-        num_steps=config.num_steps,
-        param_dtype=jnp.dtype(config.student.param_dtype),
-    )
+    given = read(config)
+    parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
+    named = build.models(given)
+    models = {role: model_config(source.path, role) for role, source in named.items()}
+    vocabulary = Vocabulary(models["student"].vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
     params = {
-        role: model and place(model, sections[role].param_dtype, mesh)
+        role: model and place(model, named[role].param_dtype, mesh)
         for role, model in models.items()
     }
-    return stages.Pieces(
-        device,
-        **params,
-        batch_size=config.data.batch_size,
-        prompt_len=config.data.prompt_len,
-        head_chunk=config.pack.head_chunk,
-        assume=assume,
-    )
+    parts = build.stages(given, mesh, models, vocabulary)
+    return stages.Pieces(parts, given, assume, **params)
 
 
 def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:

@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from opd_jax import parallel, structs
+from opd_jax.config import Settings
 from opd_jax.model import qwen3
 from opd_jax.stages import decode, packing, score, update
+from opd_jax.step import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +55,20 @@ class Pieces:
     """Everything a step compiles.
 
     Args:
-      device: sampler, score and update of the run (`build.on_device`).
+      device: the run's stages (`build.stages`).
+      given: the config.
       student, teacher, reference: parameters as ShapeDtypeStructs with their shardings; there may
         be no reference (None).
-      batch_size: prompts per step, over all hosts.
-      prompt_len: tokens.
-      head_chunk: tokens whose logits exist at once, per device.
     """
 
     def __init__(
-        self, device, *, student, teacher, reference, batch_size, prompt_len, head_chunk, assume
+        self, device: Stages, given: Settings, assume: Assumptions, *, student, teacher, reference
     ):
         self.device, self.assume = device, assume
-        self.batch_size, self.prompt_len, self.head_chunk = batch_size, prompt_len, head_chunk
+        self.batch_size, self.prompt_len = given.data.batch_size, given.data.prompt_len
+        self.head_chunk = given.pack.head_chunk
         self.teacher, self.reference = teacher, reference
-        self.mesh = device.update.mesh
+        self.mesh = device.mesh
         state = jax.eval_shape(device.update.init, student)
         self.state = with_shardings(state, device.update.shardings)
         self.frozen = device_bytes((teacher, reference))  # models that are never updated
@@ -162,8 +163,9 @@ class Pieces:
         row = jax.ShapeDtypeStruct((refill,), jnp.int32, sharding=rows)
         source = jax.ShapeDtypeStruct(slots.token_s.shape, jnp.int32, sharding=rows)
         key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        rows = decode.Arrivals(tokens, row, row, row)
         spec = self.device.sampler.spec
-        return decode.insert.lower(spec, weights, slots, key, tokens, row, row, row, source)
+        return decode.insert.lower(spec, weights, slots, key, rows, source)
 
     def _decode_steps(self, sizes: list[int], num_slots: int) -> Iterator[tuple[int, float]]:
         """(cache columns, decode steps with a cache of that size)."""

@@ -18,6 +18,7 @@ from configs import base, study
 from launch import config_flags
 from launch.report import evidence, page
 from launch.study import collect
+from opd_jax.settings import flatten
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def make(
         arms,
         trajectories,
         title=title,
-        base_config=config_flags.flatten(base.get_config().to_dict()),
+        base_config=flatten(base.get_config().to_dict()),
         left_out=left_out,
         extra=[
             ("Diagnosis", evidence.diagnosis(diagnoses)),

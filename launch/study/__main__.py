@@ -3,7 +3,7 @@
 
   python -m launch.study --workdir=runs/study
   python -m launch.study --results=configs/results/collapse --results=configs/results/natural \\
-      --readme=README.md
+      --readme=docs/evidence.md
 
 Arms of configs/study.py have the names given there, any other arm is named by the keys in which it
 differs. From a workdir of runs the command also writes WORKDIR/study.json, the few numbers that the

@@ -4,6 +4,7 @@
 A run is a directory with metrics.jsonl. Runs whose configs differ in the seed alone are one arm.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from etils import epath
 
-from launch import config_flags
+from configs import base
 from opd_jax.problems import intervals
+from opd_jax.settings import flatten
 from opd_jax.workdir import records
 
 SEED_KEY = "seed"
@@ -169,11 +171,14 @@ def _below(path: epath.Path, name: str, depth: int) -> Iterable[epath.Path]:
 
 
 def read_run(path, name: str, with_signals: bool = True) -> Run:
+    """A run; a key that is newer than its config.json has its default, which the run followed."""
     path = epath.Path(path)
+    stored = flatten(records.read_json(path, "config.json"))
+    defaults = json.loads(json.dumps(base.get_config().to_dict())) if stored else {}
     return Run(
         name=name,
         path=path,
-        config=config_flags.flatten(records.read_json(path, "config.json")),
+        config=flatten(defaults) | stored,
         info=records.read_json(path, "run.json"),
         rows=with_totals(records.read_metrics(path)),
         signals=list(records.read_signals(path)) if with_signals else [],

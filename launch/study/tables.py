@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study's tables: arms against a baseline, seed by seed, at equal updates, tokens and seconds.
 
-Works on plain results (`results`), which are stored beside the README's table so that a test can
-make the table again. At equal tokens or seconds, the two runs of a pair are read at the smaller of
-their two totals, between evaluations by straight lines.
+Works on plain results (`results`). Those behind docs/evidence.md are stored in configs/results, so
+that a test can make its tables again. At equal tokens or seconds, the two runs of a pair are read
+at the smaller of their two totals, between evaluations by straight lines.
 """
 
 import hashlib

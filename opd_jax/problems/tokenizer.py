@@ -12,6 +12,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from opd_jax.structs import Vocabulary
+
 Messages = str | Sequence[dict[str, str]] | Sequence[tuple[str, str]]
 
 
@@ -78,6 +80,11 @@ class Tokenizer:
             )
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that sampling must know."""
+        return Vocabulary(self.vocab_size, self.eos_ids, self.pad_id)
 
     def render(self, prompt: Messages, thinking: bool = False) -> str:
         """The prompt as the model sees it, generation prompt included."""

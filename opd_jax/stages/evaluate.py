@@ -16,13 +16,41 @@ import jax
 import numpy as np
 
 from opd_jax import parallel, structs
-from opd_jax.problems import intervals, task, verify
+from opd_jax.problems import datasets, intervals, task, verify
 from opd_jax.problems.tokenizer import Tokenizer
+from opd_jax.settings import Section, number
 from opd_jax.stages import rollout
 
 CALL_BATCHES = 8  # a call of the sampler takes so many batches of rows: bounds the host's memory
 MAX_PROBLEMS = 1 << 20  # row = index * MAX_PROBLEMS + problem names the sampling key
 MAX_SAMPLES = 1 << 11  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    section = "evaluate"
+
+    every_steps: int = number(20, least=0)  # 0: only before the first and after the last update
+    source: str = datasets.EMBEDDED  # as `data.source`; "" = no evaluation
+    num_problems: int = number(250, least=0)  # held-out, in-domain, over all families
+    num_ood_problems: int = number(50, least=0)  # of the embedded held-out family; 0 = none
+    num_samples: int = number(1, least=1, most=MAX_SAMPLES)  # responses per problem
+    batch_size: int = number(64, least=1)  # responses sampled at once, over all hosts
+    teacher: bool = True  # evaluate the teacher once, at the end, for the final table
+
+
+def held_out(settings: Settings) -> dict[str, list[task.Example]]:
+    """Metric prefix -> the problems evaluated under it."""
+    wanted = {}
+    if settings.source and settings.num_problems:
+        wanted[""] = ("heldout", settings.num_problems)
+    if settings.source == datasets.EMBEDDED and settings.num_ood_problems:
+        wanted["ood_"] = ("ood", settings.num_ood_problems)
+    sets = {}
+    for prefix, (split, most) in wanted.items():
+        problems = datasets.build_dataset(settings.source, split)
+        sets[prefix] = [problems[i] for i in range(min(most, len(problems)))]
+    return sets
 
 
 def build(
@@ -164,6 +192,28 @@ class Evaluator:
             num_tokens=int(num_tokens),
             finished=bool(finished),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a run evaluates a model on."""
+
+    evaluator: Evaluator
+    sets: dict[str, list[task.Example]]  # metric prefix -> problems
+    num_samples: int
+
+    def __call__(
+        self, params: Any, key: jax.Array, between: Callable[[], None]
+    ) -> tuple[dict[str, float], list[dict]]:
+        """Metrics and samples over all sets; arguments as `Evaluator`'s."""
+        row, samples = {}, []
+        for prefix, examples in self.sets.items():
+            found, sampled = self.evaluator(
+                params, examples, self.num_samples, key, prefix, between=between
+            )
+            row |= found
+            samples += sampled
+        return row, samples
 
 
 # ---------------------------------------------------------------- numbers from samples

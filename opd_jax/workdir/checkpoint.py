@@ -22,6 +22,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from opd_jax.settings import Section, number
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -54,48 +56,48 @@ def digests(state: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(p): int(v) for (p, _), v in zip(flat, values, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    """When a run's state is saved, and which of the checkpoints are kept."""
+
+    section = "checkpoint"
+    every_steps: int = number(20, least=0)  # updates; 0 = only after the last
+    keep_last: int = number(2, least=1, why="0 would delete every checkpoint")
+    keep_every_steps: int = number(0, least=0)  # those at multiples of it too; 0 = none
+    keep_best: int = number(1, least=0)  # how many of the best by eval/accuracy too; 0 = none
+
+
+DEFAULTS = Settings()
+
+
 class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
     Args:
       directory: local or gs:// path.
-      keep_last: how many of the newest are kept (at least 1).
-      keep_every_steps: those at multiples of it are kept too; 0 = none.
-      keep_best: how many of the best by `metric` are kept too; 0 = none.
+      settings: which are kept.
       read_only: for a reader beside the run, which must not clean up what the run is writing.
     """
 
-    def __init__(
-        self,
-        directory: str,
-        *,
-        keep_last: int = 2,
-        keep_every_steps: int = 0,
-        keep_best: int = 0,
-        read_only: bool = False,
-    ):
-        if keep_last < 1:
-            raise ValueError(
-                f"config.checkpoint.keep_last={keep_last} would delete every checkpoint; "
-                "set --config.checkpoint.keep_last=2"
-            )
+    def __init__(self, directory: str, settings: Settings = DEFAULTS, *, read_only: bool = False):
         local = "://" not in str(directory)
         # Orbax refuses relative paths, and a run's workdir is often one.
         self.directory = epath.Path(os.path.abspath(directory) if local else directory)
-        keep = [policies.LatestN(keep_last)]
-        if keep_every_steps:
-            keep.append(policies.EveryNSteps(keep_every_steps))
-        if keep_best:
+        keep = [policies.LatestN(settings.keep_last)]
+        if settings.keep_every_steps:
+            keep.append(policies.EveryNSteps(settings.keep_every_steps))
+        if settings.keep_best:
             keep.append(
                 policies.BestN(
-                    n=keep_best,
+                    n=settings.keep_best,
                     get_metric_fn=_metric,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=_metric if keep_best else None,  # else Orbax forgets metrics at a restart
+            # Without it Orbax forgets the metrics at a restart.
+            best_fn=_metric if settings.keep_best else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )

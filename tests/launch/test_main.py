@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command itself: as the README prints it, and where a run cannot begin."""
+"""The command itself, where a run cannot begin."""
 
 import os
 import pathlib
-import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-
-from launch import config_flags
-from tests import fakes
 
 # Runs the command on a disk that takes no byte more.
 FULL = """
@@ -44,26 +39,3 @@ def test_a_workdir_that_cannot_be_written_is_one_message_and_status_1(case, tmp_
     ended = launch(*start, workdir=workdir)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
     assert says in ended.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_the_readmes_command_runs_as_it_is_printed(pair, tmp_path):
-    """From the folder of the checkout, into a workdir that is named relative to it."""
-    (tmp_path / "configs").symlink_to(fakes.ROOT / "configs")
-    readme = (fakes.ROOT / "README.md").read_text()
-    printed = re.search(r"&& python (-m launch --config=\S+ --workdir=\S+)$", readme, re.M)[1]
-    ended = subprocess.run(
-        [
-            sys.executable,
-            *shlex.split(printed),
-            *config_flags.as_flags(fakes.small_overrides(pair)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(fakes.ROOT)},
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "held-out accuracy" in ended.stderr + ended.stdout
-    assert (tmp_path / "runs" / "quickstart" / "student" / "model.safetensors").exists()

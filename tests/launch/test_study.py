@@ -16,7 +16,7 @@ from launch.study import __main__ as study_command
 from launch.study import collect, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 RESULTS = [ROOT / "configs" / "results" / pair for pair in ("collapse", "natural")]
 
 
@@ -208,9 +208,9 @@ def test_the_report_of_a_study_holds_its_tables_and_names_its_arms(runs):
     assert ">release rule<" in text and ">kind=bic<" not in text
 
 
-def test_the_readmes_tables_are_made_from_the_stored_results():
+def test_the_tables_of_evidence_are_made_from_the_stored_results():
     text = study_command.of_results(RESULTS)
-    assert study_command.into_readme(README, text) == README
+    assert study_command.into_readme(EVIDENCE, text) == EVIDENCE
 
 
 def test_a_diagnosis_alone_is_shown_beside_the_papers_figures(tmp_path, capsys):

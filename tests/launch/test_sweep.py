@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep runs each element once, goes on where it stopped, and refuses what cannot be one."""
 
+import contextlib
 import csv
 import json
 import os
@@ -123,6 +124,19 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_starts(
         found = sweep.elements(texts, zipped) if texts else []
         sweep.plan(config, found, str(tmp_path))
     advice.check(error.value, str(tmp_path / "config.py"))
+
+
+@pytest.mark.parametrize(("trim", "goes_on"), [(0.1, True), (0.2, False)])
+def test_a_run_that_is_older_than_a_key_of_base_is_one_of_the_sweep(trim, goes_on, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.replace('"bic"', f'"bic", trim={trim}'))
+    newer = config_flags.load(str(tmp_path / "config.py"))
+    stored = json.loads(json.dumps(newer.to_dict())) | {"seed": 1, "selector": {"kind": "bic"}}
+    (tmp_path / "seed=1").mkdir()
+    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "seed=1" / "metrics.jsonl").write_text("")
+    refused = pytest.raises(ValueError, match=r"selector.trim: 0\.1 there, 0\.2 now")
+    with contextlib.nullcontext() if goes_on else refused:
+        sweep.plan(newer, [{"seed": 1}], str(tmp_path))
 
 
 def test_a_workdir_that_is_a_run_is_no_sweep(config, tmp_path):

@@ -39,11 +39,9 @@ def model(tokenizer):
 def evaluator(tokenizer, model, one_device_mesh):
     sampler = rollout.build(
         model[0],
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        response_len=T,
+        rollout.Settings(response_len=T, decode_chunk=4),
+        tokenizer.vocabulary._replace(size=model[0].vocab_size),
         mesh=one_device_mesh,
-        decode_chunk=4,
     )
     with verify.Verifier() as verifier:
         yield evaluate.build(sampler, tokenizer, verifier, prompt_len=160, batch_size=4)

@@ -16,6 +16,8 @@ from flax import struct
 
 from opd_jax.workdir import checkpoint
 
+LAST = checkpoint.Settings(keep_last=1, keep_best=0)
+
 
 @struct.dataclass
 class State:
@@ -40,7 +42,7 @@ def shapes(state: State):
 @pytest.fixture
 def two_saved(tmp_path) -> pathlib.Path:
     """A directory with good checkpoints of steps 2 and 4, state scaled by the step."""
-    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
     for step in (2, 4):
         cursor, config = {"epoch": step}, {"seed": 0}
         saved.save(step, make_state(step), cursor=cursor, config=config, metric=step / 10)
@@ -132,7 +134,7 @@ from opd_jax.workdir import checkpoint
 from tests.workdir import test_checkpoint
 
 checkpoint.quiet_orbax()
-saved = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
+saved = checkpoint.Checkpoints(sys.argv[1], test_checkpoint.LAST)
 for step in (2, 4):
     state = test_checkpoint.make_state(step)
     try:
@@ -161,7 +163,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_message(tmp_path):
     assert len(message) < 1000
     restored = restore(tmp_path / "checkpoints")
     assert (restored.step, restored.skipped) == (2, ())
-    again = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=1)  # with room on the disk
+    again = checkpoint.Checkpoints(tmp_path / "checkpoints", LAST)  # with room on the disk
     again.save(4, make_state(4.0), cursor={}, config={}, metric=None)
     again.close()
     assert restore(tmp_path / "checkpoints").step == 4
@@ -176,7 +178,8 @@ def test_when_all_are_damaged_it_stops_and_names_each(two_saved):
 
 
 def test_the_policy_keeps_last_periodic_and_best(tmp_path):
-    saved = checkpoint.Checkpoints(tmp_path / "c", keep_last=2, keep_every_steps=4, keep_best=1)
+    settings = checkpoint.Settings(keep_last=2, keep_every_steps=4, keep_best=1)
+    saved = checkpoint.Checkpoints(tmp_path / "c", settings)
     for step, metric in enumerate([0.1, 0.9, 0.2, None, 0.3, 0.4, 0.5], start=1):
         saved.save(step, make_state(step), cursor={}, config={}, metric=metric)
     saved.close()
@@ -186,7 +189,9 @@ def test_the_policy_keeps_last_periodic_and_best(tmp_path):
 def test_the_best_stays_the_best_after_a_restart(tmp_path):
     """Its metric is on disk: a new process knows it too."""
     for steps in ((1, 2), (3, 4)):
-        saved = checkpoint.Checkpoints(tmp_path / "c", keep_last=1, keep_best=1)
+        saved = checkpoint.Checkpoints(
+            tmp_path / "c", checkpoint.Settings(keep_last=1, keep_best=1)
+        )
         for step in steps:
             metric = {1: 0.9}.get(step, 0.1 * step)
             saved.save(step, make_state(step), cursor={}, config={}, metric=metric)
