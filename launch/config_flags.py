@@ -11,8 +11,8 @@ A launcher:
     if __name__ == "__main__":
         config_flags.run(main)
 
-ml_collections parses the flags; this module looks at them first, so that a wrong file, variant, key
-or value is refused with the flag and a value that works. Without a command line:
+ml_collections parses the flags; this module checks them first, so that a wrong file, variant, key
+or value is refused with a flag and a value that work. Without a command line:
 
     config = config_flags.load("configs/quickstart.py:tiny")
     config = config_flags.apply_overrides(config, {"selector.kind": "full", "seed": 3})

@@ -56,7 +56,7 @@ ELSEWHERE = {
     "a sweep": "launch/test_sweep.py::"
     "test_what_cannot_be_a_sweep_is_refused_before_anything_starts",
     "the place of a process": "launch/test_launcher.py::"
-    "test_a_half_set_place_is_refused_and_names_what_is_missing",
+    "test_an_incomplete_description_of_a_process_names_what_is_missing",
     "a pod": "launch/test_pod.py::test_what_cannot_be_started_names_a_flag_that_works",
     "a topology": "launch/test_plan.py::"
     "test_a_slice_that_does_not_exist_is_refused_with_one_that_does",

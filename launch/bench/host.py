@@ -23,8 +23,8 @@ SLOTS = 128  # rows that the predicted step decodes at once: 1,024 do not fit v5
 def host_case(args) -> Report:
     """Seconds that a step waits for the host: --rows responses of --new_tokens tokens.
 
-    Segmentation runs in worker processes while the device scores. What a step waits for is handing
-    the rows out, whatever segmentation is left once the teacher has finished, and selection.
+    Segmentation runs in worker processes while the device scores. A step waits for sending the
+    rows to them, for segmentation that is not done when the teacher is, and for selection.
     """
     token_bytes = [b" " + word.encode() for word in WORDS.split()] + list(ENDS)
     rollout, scores = _responses(args, len(token_bytes))
@@ -89,7 +89,7 @@ def _measure(stage, rollout, scores):
 
 
 def _plan(args) -> dict:
-    """launch.plan's prediction of a step of this size, in a process of its own."""
+    """launch.plan's prediction of a step of this size, from a separate process."""
     command = [
         sys.executable,
         "-m",

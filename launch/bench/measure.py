@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks, the machine's own rates, and how a measurement is printed."""
+"""Clocks, rates of this machine, and how measurements are printed."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ PEAKS |= {kind: (CHIPS[name].flops, CHIPS[name].hbm_bandwidth) for kind, name in
 
 @dataclasses.dataclass
 class Report:
-    """What a case found: `rows` is the table for people, `result` the JSON object."""
+    """Figures of a case: `rows` is the printed table, `result` the JSON object."""
 
     result: dict
     rows: list[dict]

@@ -12,7 +12,7 @@ from launch.plan.chips import GIB
 from launch.plan.text import Plan
 
 _TENSOR, _EXPERT = (1, 2, 4, 8), (1, 4, 16)
-_LINES = (2, 4)  # per batch shard, beside what the config says
+_ROWS = (2, 4)  # packed rows per batch shard, besides those of the config
 
 Element = dict[str, object]  # dotted key -> value
 
@@ -41,7 +41,7 @@ def search(
 
     def attempt(element: Element) -> None:
         flags = config_flags.as_line(element)
-        report(f"candidate {next(numbers)} of {len(tries) + len(_LINES)}: {flags}")
+        report(f"candidate {next(numbers)} of {len(tries) + len(_ROWS)}: {flags}")
         try:
             found.append((element, plan(config_flags.apply_overrides(config, element))))
             report("  " + ", ".join(f"{k} {v}" for k, v in _figures(found[-1][1]).items()))
@@ -57,8 +57,8 @@ def search(
     found.sort(key=_rank)
     best, first = found[0]
     shards = num_devices // first.mesh_shape["tensor"]
-    for lines in _LINES:
-        attempt(best | {"pack.micro_batch_rows": lines * shards})
+    for rows in _ROWS:
+        attempt(best | {"pack.micro_batch_rows": rows * shards})
     return sorted(found, key=_rank)
 
 

@@ -355,7 +355,7 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "op_name, trips",
+    "op_name, number",
     [
         ("jit(accumulate)/while", 3.0),
         ("jit(accumulate)/jvp()/while/body/closed_call/shard_map/cond/branch_0_fun/while", 1.0),
@@ -363,9 +363,12 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     ],
     ids=["head", "scanned mixture", "unrolled mixture"],
 )
-def test_only_the_heads_loop_makes_the_heads_trips(op_name, trips):
+def test_only_the_heads_loop_makes_the_heads_iterations(op_name, number):
     """As JAX names them; a mixture's pieces are counted once, being inside a layer."""
-    assert stages.Piece("update", 1, lambda: None, 0.0, head_trips=3.0).trips(op_name) == trips
+    assert (
+        stages.Piece("update", 1, lambda: None, 0.0, head_iterations=3.0).iterations(op_name)
+        == number
+    )
 
 
 @pytest.mark.slow
