@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains, or goes on with the run that the workdir holds.
+"""Trains, or resumes the run in the workdir.
 
   python -m launch --config=configs/quickstart.py --workdir=runs/quickstart
   python -m launch --config=configs/paper.py:1.7b --workdir=gs://BUCKET/run --config.seed=1
@@ -32,7 +32,7 @@ def main(_) -> None:
         status = 0
     except preemption.Preempted:
         print(
-            f"preempted: checkpointed under {WORKDIR.value}; the same command goes on from there",
+            f"preempted after a checkpoint under {WORKDIR.value}; the same command resumes there",
             file=sys.stderr,
         )
         status = preemption.EXIT_PREEMPTED
@@ -44,7 +44,7 @@ def main(_) -> None:
 
 
 def _advised(error: Exception) -> str:
-    """What was raised, and what to do; our own texts say it, the system's do not."""
+    """The error's message, with what to do where it comes from the operating system."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     return (

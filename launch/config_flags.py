@@ -11,8 +11,8 @@ A launcher:
     if __name__ == "__main__":
         config_flags.run(main)
 
-ml_collections parses the flags; this module looks at them first, so that a wrong file, variant, key
-or value is refused with the flag and a value that works. Without a command line:
+ml_collections parses the flags; this module checks them first, so that a wrong file, variant, key
+or value is refused with a flag and a value that work. Without a command line:
 
     config = config_flags.load("configs/quickstart.py:tiny")
     config = config_flags.apply_overrides(config, {"selector.kind": "full", "seed": 3})
@@ -211,6 +211,12 @@ def as_flags(overrides: Mapping[str, Any]) -> list[str]:
     return [f"--config.{key}={as_text(value)}" for key, value in overrides.items()]
 
 
+def as_line(overrides: Mapping[str, Any]) -> str:
+    """The same as one line for a shell, quoted where it needs that."""
+    quoted = {key: shlex.quote(as_text(value)) for key, value in overrides.items()}
+    return " ".join(f"--config.{key}={text}" for key, text in quoted.items())
+
+
 def as_text(value: Any) -> str:
     """What a flag takes for this value; apply_overrides gives the same value back."""
     if isinstance(value, bool):
@@ -244,7 +250,7 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
     guesses = list(dict.fromkeys(same_end + close))[:3]
     if not guesses:
         return "see configs/base.py for every key"
-    example = f"--config.{guesses[0]}={as_text(names[guesses[0]])}"
+    example = as_line({guesses[0]: names[guesses[0]]})
     return f"did you mean {' or '.join(guesses)}? For example {example}"
 
 
@@ -255,10 +261,9 @@ def _wrong_value(config: mlc.ConfigDict, error: flags.IllegalFlagValueError) -> 
         return error
     key, given = match.groups()
     value = flatten(config)[key]
-    text = as_text(value)
-    example = f"--config.{key}={shlex.quote(text)}"
     return ConfigError(
-        f"--config.{key}={given} must be {_WANTED[type(value)]}, as in the config file: {example}"
+        f"--config.{key}={given} must be {_WANTED[type(value)]}, as in the config file: "
+        f"{as_line({key: value})}"
     )
 
 

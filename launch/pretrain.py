@@ -7,7 +7,7 @@ layers and Adam on the rest. `slip` and `rough` of the config say whether these 
 solutions (opd_jax.problems.task.Style). Writes a Hugging Face directory (tokenizer included) and
 prints the accuracy per family on held-out problems, sampled at temperature 1.
 
-Left out: checkpoints on the way. A run that is cut off starts again; it takes minutes.
+Left out: checkpoints during training. An interrupted run starts again; it takes minutes.
 """
 
 import functools

@@ -6,14 +6,13 @@
       --sweep='config.seed=0,1,2' --sweep='config.selector.kind=bic,full'
 
 Elements are what sweep() of the config file yields, or the product of the --sweep flags (--zip
-pairs them). Each is one `python -m launch` in WORKDIR/<its keys>, its output in log.txt there. The
-same command goes on: finished runs are skipped, broken ones resumed. The table and
-WORKDIR/sweep.csv hold eval/accuracy: of a run, the last and the best over its steps; of an arm
-(runs that differ in the seed alone), mean, spread (standard deviation over runs) and best of the
-last.
+pairs them). Each is one `python -m launch` in WORKDIR/<its keys>, its output in log.txt there. Run
+the same command again to continue: finished runs are skipped, interrupted ones resumed. The table
+and WORKDIR/sweep.csv hold eval/accuracy: the last and the best value of each run, and for each arm
+(runs that differ in the seed alone) mean, standard deviation and best of the last values.
 
---list shows the elements and how far each is, --print_commands one command per element, to start by
-hand (as on a pod, where a run takes every host).
+--list shows the state of each element, --print_commands one command per element to start by hand
+(as on a pod, where a run takes every host).
 
 Exit codes: 0 all runs finished, 1 some failed, 75 stopped by SIGTERM or Ctrl-C: run it again.
 """
@@ -57,7 +56,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("zip", False, "pair the values of the --sweep flags, no product")
     flags.DEFINE_integer("jobs", 1, "runs at once", 1)
-    flags.DEFINE_bool("list", False, "show the elements and how far each is, run nothing")
+    flags.DEFINE_bool("list", False, "show the state of each element, run nothing")
     flags.DEFINE_bool("print_commands", False, "print one command per run, run nothing")
 
 
@@ -76,7 +75,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far a run is."""
+    """The state of a run."""
 
     status: str  # finished, "step n of N" or "not started"
     last: float | None  # METRIC of the last row that has it
@@ -182,7 +181,7 @@ def command(run: Run, config_path: str, overrides: Mapping, extra: Sequence[str]
 
 
 def outcome(run: Run) -> Outcome:
-    """How far a run is, by what its workdir holds."""
+    """The state of a run, from its workdir."""
     rows = records.read_metrics(run.workdir)
     values = [row[METRIC] for row in rows if row.get(METRIC) is not None]
     last, best = (values[-1], max(values)) if values else (None, None)
@@ -268,7 +267,7 @@ def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One line per arm: METRIC's mean, spread and best over its finished runs."""
+    """One row per arm: mean, standard deviation and best of METRIC over its finished runs."""
     rows = [("arm", "finished", "mean", "spread", "best")]
     for name, group in arms(runs).items():
         outcomes = [outcome(run) for run in group]
@@ -286,7 +285,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
-    """One line per run: its keys, workdir, how far it is, last and best METRIC."""
+    """One row per run: its keys, workdir, state, last and best METRIC."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

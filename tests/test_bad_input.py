@@ -31,6 +31,7 @@ from opd_jax.stages.prompts import PromptStream
 from opd_jax.stages.prompts import Settings as Data
 from opd_jax.structs import Vocabulary
 from opd_jax.workdir import checkpoint, owner
+from tests import advice
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -56,7 +57,7 @@ ELSEWHERE = {
     "a sweep": "launch/test_sweep.py::"
     "test_what_cannot_be_a_sweep_is_refused_before_anything_starts",
     "the place of a process": "launch/test_launcher.py::"
-    "test_a_half_set_place_is_refused_and_names_what_is_missing",
+    "test_an_incomplete_description_of_a_process_names_what_is_missing",
     "a pod": "launch/test_pod.py::test_what_cannot_be_started_names_a_flag_that_works",
     "a topology": "launch/test_plan.py::"
     "test_a_slice_that_does_not_exist_is_refused_with_one_that_does",
@@ -395,6 +396,7 @@ def test_bad_input_is_refused_with_what_was_given_and_what_to_set(row):
     assert row.given in message.replace(row.flag, ""), message  # not just in the advice
     assert row.flag in message, message
     assert len(message) > 60, "says neither what is needed nor why"
+    advice.check(message)
 
 
 @pytest.mark.parametrize("subject", ELSEWHERE)

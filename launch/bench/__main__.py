@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one stage, or the whole step: warm-up, median, a table, one JSON object as last line.
+"""Measures one stage or a whole step: a table of medians, and one JSON object as the last line.
 
   python -m launch.bench --case=step                  # sizes of the peers' table, one thread
   python -m launch.bench --case=decode --vocab=4096 --json

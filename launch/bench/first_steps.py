@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three steps of a config and what compiling them took: `python -m launch.bench.first_steps FILE`.
 
-Case compile runs it: only a fresh process has nothing compiled.
+Case compile runs it in a new process, where nothing is compiled yet.
 """
 
 import collections

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks, the machine's own rates, and how a measurement is printed."""
+"""Clocks, rates of this machine, and how measurements are printed."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ PEAKS |= {kind: (CHIPS[name].flops, CHIPS[name].hbm_bandwidth) for kind, name in
 
 @dataclasses.dataclass
 class Report:
-    """What a case found: `rows` is the table for people, `result` the JSON object."""
+    """Figures of a case: `rows` is the printed table, `result` the JSON object."""
 
     result: dict
     rows: list[dict]
@@ -43,7 +43,7 @@ class Report:
 
 
 class Clock:
-    """Seconds since it was made: passed, and of this process's CPU time."""
+    """Seconds since it was made: of wall time, and of this process's CPU time."""
 
     def __init__(self):
         self._start, self._cpu_start = time.perf_counter(), time.process_time()
@@ -52,38 +52,40 @@ class Clock:
         return time.perf_counter() - self._start
 
     def cpu_seconds(self) -> float:
-        """Tells how fast an idle machine would be when this one is not."""
+        """Shows how fast an idle machine would be when this one is busy."""
         return time.process_time() - self._cpu_start
 
 
 def seconds_of(function: Callable, *args) -> Callable[[], float]:
-    """A lap of `in_turns`: seconds of a call until its arrays are there."""
+    """A measurement for `interleaved`: seconds of a call until its arrays are computed."""
 
-    def lap() -> float:
+    def measure() -> float:
         clock = Clock()
         jax.block_until_ready(function(*args))
         return clock.seconds()
 
-    return lap
+    return measure
 
 
-def in_turns(*laps: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
-    """What each of `laps` returns, call by call: one of each, again and again.
+def interleaved(*measurements: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
+    """What each measurement returns, one list per measurement, from rounds of one of each.
 
-    What slows the machine for a while slows all of them, so their ratios hold.
+    Whatever slows the machine for a while slows all of them, so their ratios hold.
     """
-    rounds = [[lap() for lap in laps] for _ in range(warmup + repeats)]
+    rounds = [[measure() for measure in measurements] for _ in range(warmup + repeats)]
     return [list(column) for column in zip(*rounds[warmup:], strict=True)]
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios of neighbours, see `in_turns`."""
+    """Median over the rounds of `interleaved` of the ratio of two measurements."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
-    """A lap of `in_turns`: FLOP/s of a square product. Its operand and its result, 36 MiB each in
-    float32, count in a case's `peak_rss_gib`."""
+    """A measurement for `interleaved`: FLOP/s of a square product.
+
+    Its operand and its result, 36 MiB each in float32, count in a case's `peak_rss_gib`.
+    """
     if jax.default_backend() != "cpu":
         size, dtype = 8192, jnp.bfloat16
     x = jnp.ones((size, size), dtype)
@@ -91,14 +93,14 @@ def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
 
 
 def read_rate(num_bytes: int = 2**28) -> Callable[[], float]:
-    """A lap of `in_turns`: bytes/s of a sum over an array that no cache holds."""
+    """A measurement for `interleaved`: bytes/s of a sum over an array that no cache holds."""
     return _rate(num_bytes, jax.jit(jnp.sum), jnp.ones(num_bytes // 4, jnp.float32))
 
 
 def _rate(work: float, function: Callable, x: jax.Array) -> Callable[[], float]:
-    lap = seconds_of(function, x)
-    lap()  # compiles
-    return lambda: work / lap()
+    seconds = seconds_of(function, x)
+    seconds()  # compiles
+    return lambda: work / seconds()
 
 
 def peaks() -> tuple[float, float] | None:

@@ -86,10 +86,10 @@ def update_flops(case: Case, tokens_b) -> float:
     return total
 
 
-def _beside_the_floor(args, lap: Callable[[], float], flops: float) -> tuple[dict, float]:
-    """Figures of a stage whose `lap` returns seconds, and the FLOP/s of a product in between."""
-    seconds, rates = measure.in_turns(
-        lap, measure.matmul_rate(args.dtype), warmup=args.warmup, repeats=args.repeats
+def _with_floor(args, stage: Callable[[], float], flops: float) -> tuple[dict, float]:
+    """Figures of a stage whose calls return seconds, and the FLOP/s of the interleaved matmul."""
+    seconds, rates = measure.interleaved(
+        stage, measure.matmul_rate(args.dtype), warmup=args.warmup, repeats=args.repeats
     )
     floors = [flops / rate for rate in rates]
     median = statistics.median(seconds)
@@ -140,7 +140,7 @@ def update_case(args) -> Report:
     """The update with everything supervised."""
     updates = _Updates(args)
     release = np.full(args.batch, args.new_tokens)
-    row, rate = _beside_the_floor(
+    row, rate = _with_floor(
         args, lambda: updates.seconds(release), update_flops(updates.case, release)
     )
     row = dict(
@@ -160,8 +160,8 @@ def crop_case(args) -> Report:
     share = np.clip(rng.lognormal(np.log(MEDIAN_RELEASE), 0.8, args.batch), 0.0, 1.0)
     share[: round(UNRELEASED * args.batch)] = 1.0
     releases["paper's mix"] = np.ceil(share * args.new_tokens).astype(int)
-    laps = [functools.partial(updates.seconds, release_b) for release_b in releases.values()]
-    taken = measure.in_turns(*laps, warmup=args.warmup, repeats=args.repeats)
+    calls = [functools.partial(updates.seconds, release_b) for release_b in releases.values()]
+    taken = measure.interleaved(*calls, warmup=args.warmup, repeats=args.repeats)
     rows = []
     for (name, release), seconds in zip(releases.items(), taken, strict=True):
         rows.append(
@@ -176,7 +176,7 @@ def crop_case(args) -> Report:
         )
     result = dict(case="crop", seconds=rows[0]["seconds"], objective=args.objective, rows=rows[:-1])
     notes = [
-        "time_ratio: against everything supervised, median over updates in turns; floor_ratio: "
+        "time_ratio: against everything supervised, median over interleaved updates; floor_ratio: "
         "the same of counted FLOPs"
     ]
     return Report(result | dict(paper_mix=rows[-1]), rows, notes)
@@ -193,8 +193,8 @@ def score_case(args) -> Report:
         args.batch, args.prompt_len, args.new_tokens, args.vocab, args.seed, NUM_CANDIDATES
     )
     teacher = case.stages.frozen.teacher
-    lap = measure.seconds_of(lambda: dataclasses.astuple(case.stages.score(teacher, sampled)))
-    row, rate = _beside_the_floor(args, lap, score_flops(case))
+    seconds = measure.seconds_of(lambda: dataclasses.astuple(case.stages.score(teacher, sampled)))
+    row, rate = _with_floor(args, seconds, score_flops(case))
     row = dict(needs=",".join(sorted(case.needs)), **row, peak_rss_gib=measure.peak_rss_gib())
     return Report(dict(case="score", matmul_gflops=rate / 1e9, **row), [row])
 

@@ -63,7 +63,9 @@ class Costs:
     hbm_bytes: float = 0.0
     # (kind, devices of the first group) -> bytes one device sends
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    dynamic_loops: set[str] = dataclasses.field(default_factory=set)  # op names: trips are data
+    dynamic_loops: set[str] = dataclasses.field(
+        default_factory=set
+    )  # op names; their trip count is data
     unknown_kernels: set[str] = dataclasses.field(default_factory=set)  # FLOPs not counted
 
     @property
@@ -92,7 +94,7 @@ def count(module: hlo.Module, dynamic_trips: Callable[[str], float] = lambda op_
 
     Args:
       module: from `hlo.parse`.
-      dynamic_trips: op name of a loop whose number of trips is data -> the trips to assume.
+      dynamic_trips: op name of a loop whose trip count depends on data -> the count to assume.
     """
     return _Counter(module, dynamic_trips).computation(module.entry)
 
@@ -355,7 +357,7 @@ def _valid_positions(left: int, out: int, kernel: int, window, i: int) -> int:
 def kernel_costs(op: hlo.Op, operands: list[hlo.Array]) -> tuple[float, float] | None:
     """(FLOPs, HBM bytes beyond one pass over operands and results) of a Pallas kernel.
 
-    None = neither its author nor we say what it computes.
+    None = its author gave no estimate and this module has no rule for it.
     """
     estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', op.attributes)
     if "splash" in op.name or "splash" in op.op_name:

@@ -84,7 +84,7 @@ def _add(stage: Stage, piece: Piece, chips: Slice, devices: list) -> None:
         stage.notes.add(str(error).split("\n")[0])
         return
     _largest(stage, memory(compiled) | {"resident": piece.resident})
-    costs = hlo_cost.count(hlo.parse(compiled.as_text()), piece.trips)
+    costs = hlo_cost.count(hlo.parse(compiled.as_text()), piece.iterations)
     seconds = roofline(costs, chips, devices)
     stage.runs += piece.runs
     stage.hbm_traffic_bytes += piece.runs * costs.hbm_bytes

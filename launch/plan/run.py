@@ -3,10 +3,8 @@
 
 import os
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # before jax: nothing runs, so no accelerator is taken
-
+# Before jax is imported: nothing runs, so no accelerator is taken.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp
 import ml_collections as mlc
@@ -54,7 +52,7 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
     models = {role: model_config(source.path, role) for role, source in named.items()}
     vocabulary = Vocabulary(models["student"].vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
     params = {
-        role: model and place(model, named[role].param_dtype, mesh)
+        role: model and sharded_params(model, named[role].param_dtype, mesh)
         for role, model in models.items()
     }
     parts = build.stages(given, mesh, models, vocabulary)
@@ -62,7 +60,7 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
 
 
 def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:
-    """Shape of a model: known by heart for published hub ids, read from a directory otherwise."""
+    """Shape of a model: built in for published hub ids, read from a directory otherwise."""
     if not name:
         return None
     try:
@@ -78,8 +76,8 @@ def num_experts(config: mlc.ConfigDict) -> int:
     return max(model.num_experts for model in models if model)
 
 
-def place(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:
-    """Parameters in training sharding, without data."""
+def sharded_params(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:
+    """Parameters as ShapeDtypeStructs in training sharding."""
     shapes = qwen3.param_shapes(config, jnp.dtype(dtype))
     return stages.with_shardings(shapes, parallel.shardings(qwen3.param_axes(config), mesh))
 

@@ -12,7 +12,7 @@ from launch.plan.chips import GIB
 from launch.plan.text import Plan
 
 _TENSOR, _EXPERT = (1, 2, 4, 8), (1, 4, 16)
-_LINES = (2, 4)  # per batch shard, beside what the config says
+_ROWS = (2, 4)  # packed rows per batch shard, besides those of the config
 
 Element = dict[str, object]  # dotted key -> value
 
@@ -40,7 +40,8 @@ def search(
     numbers = itertools.count(1)
 
     def attempt(element: Element) -> None:
-        report(f"candidate {next(numbers)} of {len(tries) + len(_LINES)}: {_flags(element)}")
+        flags = config_flags.as_line(element)
+        report(f"candidate {next(numbers)} of {len(tries) + len(_ROWS)}: {flags}")
         try:
             found.append((element, plan(config_flags.apply_overrides(config, element))))
             report("  " + ", ".join(f"{k} {v}" for k, v in _figures(found[-1][1]).items()))
@@ -56,8 +57,8 @@ def search(
     found.sort(key=_rank)
     best, first = found[0]
     shards = num_devices // first.mesh_shape["tensor"]
-    for lines in _LINES:
-        attempt(best | {"pack.micro_batch_rows": lines * shards})
+    for rows in _ROWS:
+        attempt(best | {"pack.micro_batch_rows": rows * shards})
     return sorted(found, key=_rank)
 
 
@@ -74,13 +75,9 @@ def _rank(candidate: tuple[Element, Plan]) -> tuple:
     return not plan.fits, plan.step_seconds or float("inf")
 
 
-def _flags(element: Element) -> str:
-    return " ".join(config_flags.as_flags(element))
-
-
 def as_table(found: list[tuple[Element, Plan]]) -> str:
     rows = [["flags", *_figures(found[0][1])]]
-    rows += [[_flags(element), *_figures(plan).values()] for element, plan in found]
+    rows += [[config_flags.as_line(element), *_figures(plan).values()] for element, plan in found]
     return "\n".join(
         [columns.align(rows), "", "predicted; the first line is the fastest that fits"]
     )

@@ -42,13 +42,16 @@ class Piece:
     runs: float  # per step
     lower: Callable[[], jax.stages.Lowered]
     resident: float  # bytes per device that stay in HBM beside what it is given
-    head_trips: float = 1.0  # of the loop over chunks of the vocabulary head
+    head_iterations: float = 1.0  # of the loop over chunks of the vocabulary head
 
-    def trips(self, op_name: str) -> float:
-        """Assumed trips of a loop whose length is data: the head's, or, inside a layer, the pieces
-        of a mixture's assignments, one when experts are evenly loaded."""
+    def iterations(self, op_name: str) -> float:
+        """Assumed iterations of a loop whose length depends on data.
+
+        That is the loop over the head's chunks or, inside a layer, the loop over the pieces of a
+        mixture's assignments: one piece where experts are evenly loaded.
+        """
         in_layer = "while/body" in op_name or "closed_call" in op_name  # scanned, or unrolled
-        return 1.0 if in_layer else self.head_trips
+        return 1.0 if in_layer else self.head_iterations
 
 
 class Pieces:
@@ -93,10 +96,8 @@ class Pieces:
         )
         size = (sampler.num_slots or self.batch_size, sampler.cache_sizes(self.prompt_len)[-1])
         cache = jax.eval_shape(lambda: qwen3.init_cache(config, *size, backend))
-        place = parallel.spec(qwen3.CACHE_AXES, self.mesh, parallel.ACTIVATION_RULES)
-        cache = with_shardings(
-            cache, jax.tree.map(lambda _: NamedSharding(self.mesh, place), cache)
-        )
+        spec = parallel.spec(qwen3.CACHE_AXES, self.mesh, parallel.ACTIVATION_RULES)
+        cache = with_shardings(cache, jax.tree.map(lambda _: NamedSharding(self.mesh, spec), cache))
         state, reference = device_bytes(self.state), device_bytes(self.reference)
         optimizer = device_bytes(self.state.opt_state)
         given = {
@@ -118,9 +119,9 @@ class Pieces:
         num_slots = sampler.num_slots or self.batch_size
         sizes = sampler.cache_sizes(self.prompt_len)
         resident = self.frozen + device_bytes(self.state)
-        places = decode.init.lower(spec, num_slots, 128).compile().output_shardings
+        shardings = decode.init.lower(spec, num_slots, 128).compile().output_shardings
         slots = {
-            size: with_shardings(decode.init.lower(spec, num_slots, size).out_info, places)
+            size: with_shardings(decode.init.lower(spec, num_slots, size).out_info, shardings)
             for size in sizes
         }
         refill = num_slots if num_slots >= self.batch_size else max(1, num_slots // 4)
@@ -140,10 +141,10 @@ class Pieces:
             )
 
     def _weights(self) -> decode.Weights:
-        """Decode weights, where `decode.prepare` puts them.
+        """Decode weights, with the shardings that `decode.prepare` gives them.
 
-        Asked of a model of one layer: the whole one may not fit, and then nothing compiles. (One
-        that is unrolled has other arrays, and few layers.)
+        They come from compiling a model of one layer, because the full model may not fit and then
+        does not compile. (An unrolled model has other arrays, and few layers.)
         """
         spec, params = self.device.sampler.spec, self.state.params
         config, backend = spec.config, spec.backend
@@ -154,15 +155,15 @@ class Pieces:
         dtype = jax.tree.leaves(params)[0].dtype
         small = with_shardings(qwen3.param_shapes(config, dtype), shardings)
         small_spec = dataclasses.replace(spec, config=config, backend=backend)
-        places = decode.prepare.lower(small_spec, small).compile().output_shardings
-        return with_shardings(decode.prepare.lower(spec, params).out_info, places)
+        sharded = decode.prepare.lower(small_spec, small).compile().output_shardings
+        return with_shardings(decode.prepare.lower(spec, params).out_info, sharded)
 
     def _lower_insert(self, weights, slots, refill: int):
-        rows, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
+        rows, replicated = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         tokens = jax.ShapeDtypeStruct((refill, self.prompt_len), jnp.int32, sharding=rows)
         row = jax.ShapeDtypeStruct((refill,), jnp.int32, sharding=rows)
         source = jax.ShapeDtypeStruct(slots.token_s.shape, jnp.int32, sharding=rows)
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
         rows = decode.Arrivals(tokens, row, row, row)
         spec = self.device.sampler.spec
         return decode.insert.lower(spec, weights, slots, key, rows, source)
@@ -188,8 +189,8 @@ class Pieces:
         capacity = self.lines * u.tokens * self.assume.packing
         return max(1, math.ceil(tokens / capacity))
 
-    def _head_trips(self, response_share: float) -> float:
-        """Passes over the head for a full micro-batch, of which this share are response tokens."""
+    def _head_iterations(self, response_share: float) -> float:
+        """Chunks of the head in a full micro-batch, of which this share are response tokens."""
         u = self.device.update
         lines = self.lines // parallel.num_batch_shards(self.mesh)
         slots = max(1, min(u.tokens, self.head_chunk // lines))
@@ -215,7 +216,7 @@ class Pieces:
             self._runs(self.batch_size * tokens),
             lambda: scorer.teacher.lower(self.teacher, batch),  # stacked, as scanned models are
             device_bytes(self.state) + device_bytes(self.reference),
-            self._head_trips(assume.response_mean / tokens),
+            self._head_iterations(assume.response_mean / tokens),
         )
 
     def _accumulate(self) -> Piece:
@@ -228,7 +229,7 @@ class Pieces:
             self._runs(self.batch_size * tokens),
             lambda: u.accumulate.lower(self.state.params, self._grads(), batch, None),
             self.frozen + device_bytes(self.state.opt_state),
-            self._head_trips(supervised / tokens),
+            self._head_iterations(supervised / tokens),
         )
 
     def _update_batch(self):
@@ -254,7 +255,7 @@ class Pieces:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Tree of ShapeDtypeStruct -> the same, placed."""
+    """Tree of ShapeDtypeStruct -> the same with shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One self-contained HTML file: sections as functions from arms to HTML, put together by `build`.
 
-Nothing is loaded from outside and only our own two scripts may run: a content security policy names
-them by hash, so that a mistake in escaping would still not execute model output.
+Nothing is loaded from outside. A content security policy admits two scripts by their hash, so that
+model output would not run even if it were not escaped.
 """
 
 import base64
@@ -95,7 +95,7 @@ def headline(runs: Sequence[collect.Run], arms: Sequence[collect.Arm]) -> str:
 
 
 def tiles(arms: Sequence[collect.Arm]) -> str:
-    """The figures a reader wants first. Of one arm; several arms are compared in tables instead."""
+    """The main figures of one arm; several arms are compared in tables instead."""
     if len(arms) != 1:
         return ""
     out = []

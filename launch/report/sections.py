@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections with charts: functions from arms to HTML, "" where a run has nothing to show."""
+"""Sections with charts: functions from arms to HTML, "" where there is nothing to show."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from launch.report import charts
 from launch.study import collect
 from opd_jax.algorithm.change_point import STRONG_GAIN
 
-SIGNALS = {  # of algorithm/signals.py -> title, axis
+SIGNALS = {  # name (algorithm/profiles.py) -> title, axis
     "margin": ("Teacher margin among the student's candidates", "margin, nats"),
     "advantage_variance": ("Variance of the advantage over the candidates", "variance, nats²"),
     "abs_advantage": ("Size of the sampled token's advantage", "|log p_T − log p_S|, nats"),

@@ -246,7 +246,7 @@ def points(interval: intervals.Interval) -> str:
 
 
 def says(study: Study) -> str:
-    """What a reader must know beside the tables."""
+    """The notes below the tables."""
     seeds = sorted({seed for arm in study.runs.values() for seed in arm})
     starts = "the same" if study.equal_starts else "NOT the same"
     unfinished = ", ".join(study.unfinished)

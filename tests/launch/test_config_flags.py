@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from launch import config_flags
+from tests import advice
 
 CONFIG = """
 import ml_collections as mlc
@@ -97,6 +98,7 @@ def test_a_tilde_is_expanded_in_the_config_and_its_keys(config_file, monkeypatch
         ("--config.batch_size=8", "did you mean rollout.batch_size?"),
         ("--noconfig.tensorbord", "did you mean tensorboard?"),
         ("--config.sed=1", "--config.seed=0"),
+        ("--config.msh=1", """--config.mesh='(("data", 1), ("fsdp", -1))'"""),
         ("--config.rollout=3", "set one of --config.rollout.batch_size"),
         ("--config.seed.x=3", "config has no key 'seed.x'; did you mean seed?"),
         ("--config.qqqqqq=3", "see configs/base.py"),
@@ -120,8 +122,9 @@ def test_a_tilde_is_expanded_in_the_config_and_its_keys(config_file, monkeypatch
     ],
 )
 def test_a_wrong_key_or_value_names_one_that_works(argument, message, config_file, monkeypatch):
-    with pytest.raises(config_flags.ConfigError, match=re.escape(message)):
+    with pytest.raises(config_flags.ConfigError, match=re.escape(message)) as error:
         parse(f"--config={config_file}", argument, monkeypatch=monkeypatch)
+    advice.check(error.value, config_file)
 
 
 def test_a_tuple_given_twice_is_refused_and_a_number_given_twice_is_the_last(

@@ -17,6 +17,7 @@ from launch.plan.hlo_cost import Costs
 from opd_jax import parallel
 from opd_jax.model import published
 from opd_jax.model.qwen3 import Qwen3Config
+from tests import advice as advice_in_bash
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests/golden/plan_v5e_2x2.json"
@@ -43,8 +44,9 @@ def slice_of(kind: str, shape: tuple[int, ...], per_chip: int = 1) -> chips.Slic
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused_with_one_that_does(topology, names):
-    with pytest.raises(ValueError, match=re.escape(names)):
+    with pytest.raises(ValueError, match=re.escape(names)) as error:
         chips.describe(topology)
+    advice_in_bash.check(error.value)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
@@ -205,6 +207,8 @@ def test_what_does_not_fit_is_named_with_flags_that_help():
     assert "update is short of 0.25 GiB" in lines[1]
     assert "--config.pack.head_chunk=" in lines[1] and "('tensor',2)" in lines[1]
     assert "--topology=v5e:2x4" in lines[1]
+    for line in lines:
+        advice_in_bash.check(line)
     table = text.as_table(plan, lines)
     assert "fits       no" in table and lines[0] in table
 
@@ -246,9 +250,12 @@ def test_search_ranks_what_fits_by_time_and_goes_on_from_the_best_mesh():
     element, best = found[0]
     assert best.fits and element["pack.micro_batch_rows"] == 8
     assert not found[-1][1].fits
-    assert search.as_table(found).splitlines()[1].startswith("--config.mesh=")
+    table = search.as_table(found)
+    assert table.splitlines()[1].startswith("--config.mesh='((")
+    for line in (*said, *table.splitlines()):
+        advice_in_bash.check(line)
     # What each came to is said as it comes, so that a search that is killed leaves it.
-    assert said[0].startswith("candidate 1 of 6: --config.mesh=")
+    assert said[0].startswith("candidate 1 of 6: --config.mesh='((")
     assert said[1] == "  fits no, largest GiB 99.00, of GiB 15.75, s per step 2"
     assert said[7] == "  not possible: heads"
     assert len(said) == 2 * len(tried)
@@ -348,7 +355,7 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "op_name, trips",
+    "op_name, number",
     [
         ("jit(accumulate)/while", 3.0),
         ("jit(accumulate)/jvp()/while/body/closed_call/shard_map/cond/branch_0_fun/while", 1.0),
@@ -356,9 +363,12 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     ],
     ids=["head", "scanned mixture", "unrolled mixture"],
 )
-def test_only_the_heads_loop_makes_the_heads_trips(op_name, trips):
+def test_only_the_heads_loop_makes_the_heads_iterations(op_name, number):
     """As JAX names them; a mixture's pieces are counted once, being inside a layer."""
-    assert stages.Piece("update", 1, lambda: None, 0.0, head_trips=3.0).trips(op_name) == trips
+    assert (
+        stages.Piece("update", 1, lambda: None, 0.0, head_iterations=3.0).iterations(op_name)
+        == number
+    )
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from launch import config_flags, sweep
+from tests import advice
 
 CONFIG = """
 import ml_collections as mlc
@@ -119,9 +120,10 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_starts(
     (tmp_path / "seed=1").mkdir()
     (tmp_path / "seed=1" / "config.json").write_text(json.dumps(other))
     (tmp_path / "seed=1" / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         found = sweep.elements(texts, zipped) if texts else []
         sweep.plan(config, found, str(tmp_path))
+    advice.check(error.value, str(tmp_path / "config.py"))
 
 
 @pytest.mark.parametrize(("trim", "goes_on"), [(0.1, True), (0.2, False)])

@@ -119,10 +119,10 @@ def test_dropping_every_prompt_is_refused(source, tokenizer):
     "knobs, message",
     [
         (dict(batch_size=5, host_count=2), "does not split over 2 hosts.*batch_size=4"),
-        (dict(batch_size=0), "--config.data.batch_size=1"),
+        (dict(batch_size=0), "--config.data.batch_size=32"),
         (
             dict(too_long="cut"),
-            "config.data.too_long='cut' must be one of raise, drop. Set --config.data.too_long=raise",
+            "too_long=.cut. must be one of raise, drop. Set --config.data.too_long=raise",
         ),
     ],
 )
