@@ -26,7 +26,7 @@ from opd_jax.problems.datasets import EMBEDDED, build_dataset
 from opd_jax.problems.tokenizer import load_tokenizer
 from opd_jax.stages import evaluate, packing, rollout, score, selection, update
 from opd_jax.stages.prompts import PromptStream
-from opd_jax.workdir import checkpoint, owner, preemption, records, writer
+from opd_jax.workdir import checkpoint, digest, owner, preemption, records, writer
 
 # What signals and their metrics show beside what selector and objective read.
 WATCHED = frozenset({"teacher_logp_bt", "teacher_logp_btk", "teacher_entropy_bt"})
@@ -51,7 +51,10 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
         logging.warning("allowed by config.contract_allow: %s", line)
 
     parallel.check_rows(batch_size, "data.batch_size", mesh)
-    prompts = _prompts(asked, tokenizer, seed, feed)
+    problems = list(build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error")))
+    prompts = PromptStream(
+        problems, tokenizer, **asked, seed=seed, host_index=feed.index, host_count=feed.count
+    )
     loss, loss_knobs = objective(config.objective)
     chosen = selector(config.selector)
     select = selection.build(
@@ -109,7 +112,9 @@ def build(config: mlc.ConfigDict, workdir: str) -> job.Job:
     guard = preemption.Guard()
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
-    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), saving)
+    checkpoints = checkpoint.Checkpoints(
+        str(workdir / "checkpoints"), saving, content=_content(problems, eval_sets, named)
+    )
     start = _start(checkpoints, device.update, prompts, student, resolved, mesh)
     owner.check_num_steps(num_steps, start.step, workdir)
     keep_through = start.step - (start.row is not None)
@@ -282,15 +287,6 @@ def _models(config) -> dict[str, Source]:
     return {role: Source(role, s.path, s.param_dtype) for role, s in sections.items()}
 
 
-def _prompts(asked: dict, tokenizer, seed: int, feed: parallel.Feed) -> PromptStream:
-    """This host's rows of every batch; `asked` is config.data."""
-    asked = dict(asked)
-    source = build_dataset(asked.pop("source"), "train", on_error=asked.pop("on_error"))
-    return PromptStream(
-        source, tokenizer, **asked, seed=seed, host_index=feed.index, host_count=feed.count
-    )
-
-
 def _backend(section, mesh) -> qwen3.Backend:
     return qwen3.Backend(
         unroll=qwen3.choose_unroll(section.unroll, parallel.platform(mesh)),
@@ -366,7 +362,20 @@ def _problems(source: str, num: int, num_ood: int) -> dict[str, list]:
     for prefix, (split, most) in wanted.items():
         problems = build_dataset(source, split)
         sets[prefix] = [problems[i] for i in range(min(most, len(problems)))]
+        evaluate.check_ids(sets[prefix], f"--config.evaluate.source={source}")
     return sets
+
+
+def _content(problems: list, eval_sets: dict[str, list], models: list[Source]) -> dict[str, str]:
+    """Digests of all that the run reads, by the name that a message gives it."""
+    found = {"training problems": digest.of_problems(problems)}
+    for prefix, held_out in eval_sets.items():
+        name = f"held-out problems {prefix}".rstrip("_ ")
+        found[name] = digest.of_problems(held_out)
+    for model in models:
+        parts = digest.of_model(model.directory)
+        found |= {f"{model.role} {part}": value for part, value in parts.items()}
+    return found
 
 
 PROBES = ("What is 2 + 3?", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])

@@ -207,3 +207,30 @@ def test_export_reads_parameters_alone(two_saved):
     assert checkpoint.Checkpoints(two_saved).read_params(2)[0] == 2
     with pytest.raises(ValueError, match="set --step"):
         checkpoint.Checkpoints(two_saved).read_params(3)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({"training problems": "a"}, {"training problems": "b"}, "with other training problems: "),
+        (
+            {"student weights": "a", "student tokenizer": "a", "teacher weights": "a"},
+            {"student weights": "b", "student tokenizer": "b", "teacher weights": "a"},
+            "with other student weights and other student tokenizer: ",
+        ),
+        ({"training problems": "a"}, {"training problems": "a"}, ""),
+        ({}, {"training problems": "a"}, ""),  # saved by a version that kept none
+        ({"training problems": "a"}, {}, ""),  # read by somebody who trains nothing
+    ],
+)
+def test_a_run_whose_files_were_replaced_does_not_go_on(tmp_path, before, now, says):
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", content=before)
+    saved.save(2, make_state(), cursor={}, config={}, metric=None)
+    saved.close()
+    reader = checkpoint.Checkpoints(tmp_path / "checkpoints", content=now)
+    if says:
+        with pytest.raises(ValueError, match=f"{says}.*Put the old files back, or set --workdir"):
+            reader.restore(shapes(make_state()))
+        assert (tmp_path / "checkpoints" / "2").is_dir()
+    else:
+        assert reader.restore(shapes(make_state())).content == before
