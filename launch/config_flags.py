@@ -38,6 +38,7 @@ from absl import app, flags
 from ml_collections import config_flags as mlc_flags
 
 from opd_jax.settings import flatten
+from opd_jax.workdir import preemption
 
 flags.disclaim_key_flags()  # --config belongs to the launcher that calls define(): --help shows it
 
@@ -80,8 +81,12 @@ def define(
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown."""
-    app.run(main, flags_parser=_parse_or_exit)
+    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown.
+
+    Ctrl-C ends the command with one line and status 75.
+    """
+    with preemption.stoppable():
+        app.run(main, flags_parser=_parse_or_exit)
 
 
 def _parse_or_exit(argv: list[str]) -> list[str]:

@@ -10,6 +10,7 @@
 --step). Samples go to OUTPUT/BENCHMARK.jsonl, figures to OUTPUT/results.json; the same command goes
 on where it stopped. Samples belong to the content of weights, tokenizer, template and problems:
 where a file was replaced under its old name they are refused, unless --overwrite deletes them.
+SIGTERM or Ctrl-C: status 75, with the samples so far; the same command goes on.
 Benchmarks: opd_jax/problems/benchmarks.py; any of them as NAME=FILE.jsonl.
 """
 
@@ -18,7 +19,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
@@ -61,8 +62,15 @@ def main(argv: list[str]) -> None:
     default = "evaluations/" + flags.FLAGS.model.strip("/").replace("/", "_").replace(":", "_")
     output = epath.Path(flags.FLAGS.output or default)
     launcher.initialize(str(output))
+    from opd_jax.workdir import preemption
+
     try:
         run(output)
+    except preemption.Preempted:
+        print(
+            f"stopped: samples are kept under {output}; the same command goes on", file=sys.stderr
+        )
+        sys.exit(preemption.EXIT_PREEMPTED)
     except (ValueError, FileNotFoundError) as error:
         launcher.fail(f"ERROR: {error}")
 
@@ -72,6 +80,7 @@ def run(output) -> dict[str, dict]:
     import jax  # after launcher.initialize
 
     from opd_jax.problems import verify
+    from opd_jax.workdir import preemption
 
     chief = jax.process_index() == 0
     directory, step = find_model(flags.FLAGS.model)
@@ -81,9 +90,12 @@ def run(output) -> dict[str, dict]:
     results = {}
     with verify.Verifier(num_workers=2) as verifier:
         evaluator, params = build(verifier, directory, step)
+        guard = preemption.Guard()
+        guard.install()  # from here on there are samples to keep
         for name, examples in problems.items():
             examples = examples[: flags.FLAGS.num_problems or None]
-            samples = sample(evaluator, params, name, examples, output / f"{name}.jsonl")
+            path = output / f"{name}.jsonl"
+            samples = sample(evaluator, params, name, examples, path, guard.check)
             results[name] = summarise(samples)
     if chief:
         about = settings(step) | {"results": results}
@@ -297,8 +309,13 @@ def read_checkpoint(workdir: str, step: int, shardings):
 # ---------------------------------------------------------------- samples and figures
 
 
-def sample(evaluator, params, name: str, examples: Sequence, path) -> list[dict]:
-    """All samples of a benchmark: those that `path` holds, and the rest, stored as they come."""
+def sample(
+    evaluator, params, name: str, examples: Sequence, path, between: Callable[[], None]
+) -> list[dict]:
+    """All samples of a benchmark: those that `path` holds, and the rest, stored as they come.
+
+    `between` is called after every chunk of decoding; it may raise to give up.
+    """
     import jax
     import tqdm
 
@@ -312,7 +329,9 @@ def sample(evaluator, params, name: str, examples: Sequence, path) -> list[dict]
         records.write_jsonl(path, stored)  # without a line that was cut off
     done = {(s["example_id"], s["index"]) for s in samples}
     key = jax.random.key(flags.FLAGS.seed)
-    calls = evaluator.calls(params, examples, flags.FLAGS.num_samples, key, group=name, done=done)
+    calls = evaluator.calls(
+        params, examples, flags.FLAGS.num_samples, key, group=name, done=done, between=between
+    )
     with tqdm.tqdm(total=len(wanted), initial=len(done), desc=name, disable=not chief) as bar:
         for fresh in calls:
             samples += fresh

@@ -10,9 +10,10 @@ import tempfile
 import jax
 import ml_collections as mlc
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from launch import config_flags
 from opd_jax import build
 from opd_jax.workdir import checkpoint, faults, records
 
@@ -60,4 +61,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    config_flags.run(main)

@@ -98,6 +98,7 @@ class Pool:
             [sys.executable, "-c", "from opd_jax import workers; workers.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for the run, which needs its workers to end in order
             env=os.environ | {"PYTHONPATH": path},
         )
         with contextlib.suppress(OSError):  # dead already: the first call finds out

@@ -16,6 +16,7 @@ from etils import epath
 from configs import base, study
 from launch.report import evidence, page
 from launch.study import collect
+from opd_jax.workdir import preemption
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,4 +70,5 @@ def make(
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

@@ -20,6 +20,7 @@ from etils import epath
 from configs import study as arms
 from launch import diagnose
 from launch.study import collect, tables
+from opd_jax.workdir import preemption
 
 MARK = "<!-- study -->"
 
@@ -108,4 +109,5 @@ def read_runs(workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

@@ -156,6 +156,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the run, which needs its workers to end in order
             env=os.environ | {"PYTHONPATH": path, "OPD_JAX_VERIFY_MIB": str(self._memory_mib)},
         )
         self._read_line(START_SECONDS)  # "ready": its imports do not count as an answer's time

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact round trip, every damage found, the newest good one used, none deleted."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import optax
 import pytest
 from flax import struct
 
+from configs import base
 from opd_jax.workdir import checkpoint
 
 LAST = checkpoint.Settings(keep_last=1, keep_best=0)
@@ -234,3 +236,7 @@ def test_a_run_whose_files_were_replaced_does_not_go_on(tmp_path, before, now, s
         assert (tmp_path / "checkpoints" / "2").is_dir()
     else:
         assert reader.restore(shapes(make_state())).content == before
+
+
+def test_the_page_that_users_read_shows_the_defaults_of_the_settings():
+    assert base.get_config().checkpoint.to_dict() == dataclasses.asdict(checkpoint.Settings())
