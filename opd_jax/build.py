@@ -26,12 +26,12 @@ from opd_jax.algorithm.objective import check_models, check_sizes
 from opd_jax.config import Settings, defaults, read
 from opd_jax.model import qwen3, source
 from opd_jax.model.config import check_context
-from opd_jax.problems import contract, datasets, verify
+from opd_jax.problems import contract, datasets, task, verify
 from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.run import Run, Start
 from opd_jax.stages import evaluate, prompts, rollout, score, selection, update
 from opd_jax.structs import Vocabulary
-from opd_jax.workdir import checkpoint, owner, preemption, records, writer
+from opd_jax.workdir import checkpoint, digest, owner, preemption, records, writer
 
 
 def build(config: mlc.ConfigDict, workdir: str) -> Run:
@@ -44,17 +44,24 @@ def build(config: mlc.ConfigDict, workdir: str) -> Run:
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
     tokenizer = load_tokenizer(given.student.directory)
     _check_contract(given, tokenizer)
-    stream = _prompts(given, tokenizer, mesh)
+    problems = list(
+        datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
+    )
+    stream = _prompts(given, problems, tokenizer, mesh)
     shapes = {role: model.config for role, model in models(given).items()}
     parts = stages(given, mesh, shapes, tokenizer.vocabulary)
     parts.select = _selection(given, tokenizer, mesh)
     verifier = verify.Verifier()
-    suites = evaluation(given, parts.sampler, tokenizer, verifier)
+    held_out = evaluate.held_out(given.evaluate)
+    suites = evaluation(given, held_out, parts.sampler, tokenizer, verifier)
 
     guard = preemption.Guard()
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
-    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), given.checkpoint)
+    content = _content(given, problems, held_out)
+    checkpoints = checkpoint.Checkpoints(
+        str(workdir / "checkpoints"), given.checkpoint, content=content
+    )
     start = resume(given, checkpoints, parts.update, stream, resolved)
     owner.check_num_steps(given.num_steps, start.step, workdir)
     parts.frozen = _frozen(given, parts)
@@ -141,10 +148,13 @@ def stages(
 
 
 def evaluation(
-    given: Settings, sampler: rollout.Sampler, tokenizer: Tokenizer, verifier: verify.Verifier
+    given: Settings,
+    sets: dict[str, list[task.Example]],
+    sampler: rollout.Sampler,
+    tokenizer: Tokenizer,
+    verifier: verify.Verifier,
 ) -> dict[str, evaluate.Suite]:
     """The held-out problems, answered by "student" and by "teacher"."""
-    sets = evaluate.held_out(given.evaluate)
     suites = {}
     for role in ("student", "teacher"):
         evaluator = evaluate.build(
@@ -189,9 +199,20 @@ def state_shapes(updater: update.Update, student: source.Student) -> update.Trai
 # --- parts ---
 
 
-def _prompts(given: Settings, tokenizer: Tokenizer, mesh) -> prompts.PromptStream:
+def _content(given: Settings, problems: list, sets: dict[str, list]) -> dict[str, str]:
+    """Digests of all that the run reads, by the name that a message gives it."""
+    found = {"training problems": digest.of_problems(problems)}
+    for prefix, held_out in sets.items():
+        found[f"held-out problems {prefix}".rstrip("_ ")] = digest.of_problems(held_out)
+    for role, model in models(given).items():
+        if model.path:
+            parts = digest.of_model(model.directory)
+            found |= {f"{role} {part}": value for part, value in parts.items()}
+    return found
+
+
+def _prompts(given: Settings, problems: list, tokenizer: Tokenizer, mesh) -> prompts.PromptStream:
     """This host's rows of every batch."""
-    problems = datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
     feed = parallel.feed(mesh)
     return prompts.PromptStream(
         problems,

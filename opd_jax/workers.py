@@ -134,6 +134,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if self._quiet else None,
+            process_group=0,  # Ctrl-C is for the run, which needs its workers to end in order
             env=os.environ | {"PYTHONPATH": path},
         )
         with contextlib.suppress(OSError):  # dead already: the first call finds out
