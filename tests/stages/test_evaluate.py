@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: hand-computed figures, the same sampler and template as training, stable samples."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -91,6 +93,17 @@ def test_an_evaluation_can_be_given_up_between_two_chunks(evaluator, model, monk
     with pytest.raises(KeyboardInterrupt):
         evaluator(model[1], EXAMPLES[:4], 1, jax.random.key(1), between=between)
     assert chunks == [0, 1]
+
+
+def test_what_has_no_answer_is_not_verified_and_what_shares_an_id_is_refused(evaluator, model):
+    """Both were reported: the first as wrong, the second as one problem."""
+    unanswered = dataclasses.replace(EXAMPLES[0], answer="")
+    metrics, samples = evaluator(model[1], [unanswered, EXAMPLES[1]], 1, jax.random.key(1))
+    assert samples[0]["correct"] is None and samples[1]["correct"] is not None
+    assert metrics["eval/num_problems"] == 1 and "eval/accuracy" in metrics
+    assert "eval/accuracy" not in evaluate.summary(samples[:1])
+    with pytest.raises(ValueError, match="1 ids belong to several problems"):
+        evaluator(model[1], [unanswered, EXAMPLES[0]], 1, jax.random.key(1))
 
 
 def test_the_model_sees_the_rendered_chat_template(evaluator, evaluated, tokenizer):
