@@ -13,7 +13,6 @@ resume      where the run begins or goes on
 import dataclasses
 import functools
 import json
-from typing import Any
 
 import jax
 import ml_collections as mlc
@@ -34,10 +33,25 @@ from opd_jax.structs import Vocabulary
 from opd_jax.workdir import checkpoint, digest, owner, preemption, records, writer
 
 
-def build(config: mlc.ConfigDict, workdir: str) -> Run:
-    """Everything of the run; raises ValueError, naming the flag, before anything is computed."""
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the models look like."""
+
+    student: qwen3.Qwen3Config
+    teacher: qwen3.Qwen3Config
+    reference: qwen3.Qwen3Config | None = None  # None = the run has none
+
+    def of(self, sampled_by: str) -> qwen3.Qwen3Config:
+        return self.student if sampled_by == "student" else self.teacher
+
+
+def build(config: mlc.ConfigDict, place: str) -> Run:
+    """Everything of the run; raises ValueError, naming the flag, before anything is computed.
+
+    `place` is the workdir, local or gs://.
+    """
     resolved = json.loads(json.dumps(config.to_dict()))  # as it will be read back: no tuples
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(place)
     owner.check_same_run(resolved, workdir, defaults())
     given = read(config)
     mesh = parallel.build_mesh(given.mesh)
@@ -48,7 +62,7 @@ def build(config: mlc.ConfigDict, workdir: str) -> Run:
         datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
     )
     stream = _prompts(given, problems, tokenizer, mesh)
-    shapes = {role: model.config for role, model in models(given).items()}
+    shapes = Shapes(**{role: model.config for role, model in models(given).items()})
     parts = stages(given, mesh, shapes, tokenizer.vocabulary)
     parts.select = _selection(given, tokenizer, mesh)
     verifier = verify.Verifier()
@@ -86,28 +100,24 @@ def build(config: mlc.ConfigDict, workdir: str) -> Run:
 
 
 def models(given: Settings) -> dict[str, source.Source]:
-    """By role; one without a path is none."""
-    return dict(student=given.student, teacher=given.teacher, reference=given.reference)
+    """Those that the config names, by role; there may be no reference."""
+    named = dict(student=given.student, teacher=given.teacher, reference=given.reference)
+    return {role: model for role, model in named.items() if model.path}
 
 
 def stages(
-    given: Settings,
-    mesh: jax.sharding.Mesh,
-    shapes: dict[str, qwen3.Qwen3Config | None],
-    vocabulary: Vocabulary,
+    given: Settings, mesh: jax.sharding.Mesh, shapes: Shapes, vocabulary: Vocabulary
 ) -> step.Stages:
     """The stages that run on the mesh, without parameters and without the host's selection.
 
-    Args:
-      shapes: "student", "teacher", "reference" -> shape; None = no such model.
-      vocabulary: of the student's tokenizer.
+    `vocabulary` is that of the student's tokenizer.
     """
-    for role, shape in shapes.items():
+    for role, shape in vars(shapes).items():
         if shape is not None:
             check_context(shape, given.data.prompt_len, given.rollout.response_len, role)
     loss, sampled_by = given.objective, given.rollout.by
     check_sizes(loss, given.rollout.num_candidates, vocabulary.size)
-    check_models(loss, sampled_by, has_reference=shapes["reference"] is not None)
+    check_models(loss, sampled_by, has_reference=shapes.reference is not None)
     if sampled_by == "teacher":
         selectors.check_positional(given.selector)
     training = given.model.backend(parallel.platform(mesh), parallel.shard_activations(mesh))
@@ -121,21 +131,21 @@ def stages(
     return step.Stages(
         mesh=mesh,
         sampler=rollout.build(
-            shapes[sampled_by], given.rollout, vocabulary, mesh=mesh, backend=inference
+            shapes.of(sampled_by), given.rollout, vocabulary, mesh=mesh, backend=inference
         ),
         sampled_by=sampled_by,
         score=score.build(
-            shapes["teacher"],
+            shapes.teacher,
             given.needs,
             shape,
             backend=inference,
             mesh=mesh,
             num_top=loss.top_k,
             vocab_size=vocabulary.size,
-            reference=shapes["reference"],
+            reference=shapes.reference,
         ),
         update=update.build(
-            shapes["student"],
+            shapes.student,
             loss,
             given.optim.build(given.num_steps),
             shape,
@@ -205,9 +215,8 @@ def _content(given: Settings, problems: list, sets: dict[str, list]) -> dict[str
     for prefix, held_out in sets.items():
         found[f"held-out problems {prefix}".rstrip("_ ")] = digest.of_problems(held_out)
     for role, model in models(given).items():
-        if model.path:
-            parts = digest.of_model(model.directory)
-            found |= {f"{role} {part}": value for part, value in parts.items()}
+        parts = digest.of_model(model.directory)
+        found |= {f"{role} {part}": value for part, value in parts.items()}
     return found
 
 
@@ -241,16 +250,14 @@ def _selection(given: Settings, tokenizer: Tokenizer, mesh) -> selection.Stage:
 def _frozen(given: Settings, parts: step.Stages) -> step.Frozen:
     """The weights of teacher and reference, as inference reads them fastest."""
 
-    def load(model: source.Source) -> Any:
-        if model.config is None:
-            return None
+    def load(model: source.Source) -> qwen3.Params:
         params = model.load(parallel.shardings(qwen3.param_axes(model.config), parts.mesh))
         return qwen3.with_own_layers(model.config, params, parts.score.backend)
 
     teacher, head_vd = load(given.teacher), None
     if "teacher_hidden_btd" in given.objective.needs:
         head_vd = qwen3.head_vd(given.teacher.config, teacher)
-    return step.Frozen(teacher, head_vd, load(given.reference))
+    return step.Frozen(teacher, head_vd, load(given.reference) if given.reference.path else None)
 
 
 def _recorder(given, mesh, workdir, start, tokenizer, verifier) -> recorder.Recorder:
@@ -283,8 +290,6 @@ def _check_contract(given: Settings, tokenizer: Tokenizer) -> None:
     """Raises unless the models speak of the same tokens; says what was allowed by name."""
     thinking, sides = given.data.thinking, []
     for role, model in models(given).items():
-        if not model.path:
-            continue
         own = tokenizer if role == "student" else load_tokenizer(model.directory)
         sides.append(
             contract.Side(

@@ -70,11 +70,11 @@ def read(config: mlc.ConfigDict) -> Settings:
     """Reads every key once. Raises ValueError, naming the flag, at the first that cannot be."""
     found = {}
     for field in dataclasses.fields(Settings):
-        value = config[field.name]
+        value: Any = config[field.name]
         if field.name == "selector":
             value = selectors.of(value.to_dict())
-        elif issubclass(field.type, Section):
-            value = field.type(**value.to_dict())
+        elif isinstance(field.default, Section):
+            value = type(field.default)(**value.to_dict())
         found[field.name] = _tuples(value)
     return Settings(**found)
 
@@ -85,6 +85,6 @@ def defaults() -> dict[str, Any]:
     return values | {"selector": {"kind": "bic"} | selectors.DEFAULTS}
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     """A stored config comes from JSON, which has no tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

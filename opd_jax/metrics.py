@@ -121,7 +121,7 @@ def peak_memory_gib() -> float:
 
 
 def _row_sum(x_bt: np.ndarray, where_bt: np.ndarray) -> np.ndarray:
-    return np.sum(x_bt, axis=-1, where=where_bt, dtype=np.float64)
+    return np.asarray(np.sum(x_bt, axis=-1, where=where_bt, dtype=np.float64))
 
 
 def _repetition(tokens_t: np.ndarray) -> float:

@@ -91,7 +91,9 @@ def spec(names: tuple[str | None, ...], mesh: Mesh, rules: Rules) -> PartitionSp
     used: set[str] = set()
     entries: list = []
     for name in names:
-        axes = [a for a in rules.get(name, ()) if mesh.shape[a] > 1 and a not in used]
+        axes = [
+            a for a in (rules.get(name, ()) if name else ()) if mesh.shape[a] > 1 and a not in used
+        ]
         used.update(axes)
         entries.append(axes[0] if len(axes) == 1 else tuple(axes) or None)
     while entries and entries[-1] is None:  # one spelling per sharding, or jit compiles twice

@@ -113,7 +113,7 @@ class Recorder:
         found = token_signals(taken)
         valid_bt = taken.rollout.valid_bt
         by_position = profiles.by_position(found, valid_bt)
-        by_sentence = profiles.by_sentence(found, taken.supervision.spans_b, valid_bt)
+        by_sentence = profiles.by_sentence(found, taken.supervision.spans_b or [], valid_bt)
         correct_b = self.correct(taken.prompts, taken.rollout).astype(np.float64)
         if jax.process_count() > 1:
             by_position = jax.tree.map(self._sum, by_position)
@@ -142,7 +142,7 @@ class Recorder:
         example = taken.prompts.examples[b]
         spans = chosen.spans_b[b] if chosen.spans_b else ()
 
-        def real(values_bt):
+        def real(values_bt: Any) -> Any:
             return None if values_bt is None else np.asarray(values_bt[b][:length])
 
         tokens_t = real(rolled.tokens_bt)

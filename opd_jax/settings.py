@@ -39,6 +39,7 @@ def choice(default: str, options: Sequence[str]) -> Any:
     return dataclasses.field(default=default, metadata=dict(options=tuple(options)))
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """Base of the settings dataclasses. Raises ValueError, naming the flag, when made of bad ones.
 

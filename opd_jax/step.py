@@ -20,7 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax.stages import rollout, score, selection, update
+from opd_jax.stages import selection
+from opd_jax.stages.rollout import Sampler, Stats
+from opd_jax.stages.score import Score
+from opd_jax.stages.update import TrainState, Update
 from opd_jax.structs import Prompts, Rollout, Scores, Supervision
 
 
@@ -56,7 +59,7 @@ class Step:
 
     prompts: Prompts
     rollout: Rollout
-    stats: rollout.Stats
+    stats: Stats
     scores: Scores
     supervision: Supervision
     seconds: dict[str, float]  # of each stage
@@ -70,21 +73,21 @@ class Stages:
     """The stages on one mesh. `select` and `frozen` are left out where nothing runs (plans)."""
 
     mesh: jax.sharding.Mesh
-    sampler: rollout.Sampler
+    sampler: Sampler
     sampled_by: str  # "student", or "teacher" for supervised training on the teacher's samples
-    score: score.Score
-    update: update.Update
+    score: Score
+    update: Update
     select: selection.Stage | None = None
     frozen: Frozen = Frozen()
 
     def __call__(
         self,
-        state: update.TrainState,
+        state: TrainState,
         prompts: Prompts,
         key: jax.Array,
         step: int,
         check: Callable[[], None] = go_on,
-    ) -> tuple[update.TrainState, Step]:
+    ) -> tuple[TrainState, Step]:
         """A whole step after `step` updates. Every host calls it.
 
         Args:
@@ -108,7 +111,7 @@ class Stages:
         step: int,
         *,
         check: Callable[[], None] = go_on,
-        sampler: rollout.Sampler | None = None,
+        sampler: Sampler | None = None,
     ) -> Step:
         """All stages before the update. `sampler`, with its `params`: another model's answers."""
         clock = Clock()
@@ -127,6 +130,8 @@ class Stages:
         check: Callable[[], None] = go_on,
     ) -> tuple[Scores, Supervision]:
         """Scores of a rollout, and what the selector makes of them."""
+        if self.select is None:
+            raise RuntimeError("stages of a plan select nothing; set `select`")
         clock = clock or Clock()
         with clock("score"):
             self.select.start(sampled)
@@ -139,11 +144,11 @@ class Stages:
 
     def learn(
         self,
-        state: update.TrainState,
+        state: TrainState,
         sampled: Rollout,
         scores: Scores,
         supervision: Supervision,
-    ) -> tuple[update.TrainState, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    ) -> tuple[TrainState, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """One update; the new state, and sums name -> (sum, count) over all hosts."""
         weight_bt, denominator = supervision.weight_bt, supervision.denominator
         head_vd = self.frozen.teacher_head_vd

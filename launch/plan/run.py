@@ -49,20 +49,18 @@ def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.P
     given = read(config)
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
     named = build.models(given)
-    models = {role: model_config(source.path, role) for role, source in named.items()}
-    vocabulary = Vocabulary(models["student"].vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
+    shapes = build.Shapes(**{role: model_config(m.path, role) for role, m in named.items()})
+    vocabulary = Vocabulary(shapes.student.vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
     params = {
-        role: model and sharded_params(model, named[role].param_dtype, mesh)
-        for role, model in models.items()
+        role: sharded_params(getattr(shapes, role), model.param_dtype, mesh)
+        for role, model in named.items()
     }
-    parts = build.stages(given, mesh, models, vocabulary)
+    parts = build.stages(given, mesh, shapes, vocabulary)
     return stages.Pieces(parts, given, assume, **params)
 
 
-def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:
+def model_config(name: str, role: str) -> qwen3.Qwen3Config:
     """Shape of a model: built in for published hub ids, read from a directory otherwise."""
-    if not name:
-        return None
     try:
         return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
     except (ValueError, OSError) as error:
@@ -71,9 +69,8 @@ def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:
 
 def num_experts(config: mlc.ConfigDict) -> int:
     """The most that a model of the config has; 0 = all are dense."""
-    roles = ("student", "teacher", "reference")
-    models = (model_config(config[role].path, role) for role in roles)
-    return max(model.num_experts for model in models if model)
+    named = build.models(read(config))
+    return max(model_config(m.path, role).num_experts for role, m in named.items())
 
 
 def sharded_params(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:

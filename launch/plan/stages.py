@@ -65,7 +65,14 @@ class Pieces:
     """
 
     def __init__(
-        self, device: Stages, given: Settings, assume: Assumptions, *, student, teacher, reference
+        self,
+        device: Stages,
+        given: Settings,
+        assume: Assumptions,
+        *,
+        student,
+        teacher,
+        reference=None,
     ):
         self.device, self.assume = device, assume
         self.batch_size, self.prompt_len = given.data.batch_size, given.data.prompt_len

@@ -36,9 +36,9 @@ class Source(Section):
             ) from error
 
     @functools.cached_property
-    def config(self) -> qwen3.Qwen3Config | None:
-        """The model's shape; None where there is no model."""
-        return qwen3.Qwen3Config.from_hf(self.directory) if self.path else None
+    def config(self) -> qwen3.Qwen3Config:
+        """The model's shape."""
+        return qwen3.Qwen3Config.from_hf(self.directory)
 
     def load(self, shardings: Any) -> qwen3.Params:
         """Parameters, each device's own part; `shardings` as `qwen3.param_axes`."""

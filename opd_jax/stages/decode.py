@@ -64,10 +64,10 @@ class Slots:
 class Arrivals:
     """R rows that are to be prefilled. Rows that are no prompt are never moved into a slot."""
 
-    tokens_rp: jax.Array  # int32[R, P], the prompt from column 0 on
-    length_r: jax.Array  # int32[R], tokens of the prompt
-    row_r: jax.Array  # int32[R], index in the global batch: names the sampling key
-    limit_r: jax.Array  # int32[R], response tokens at most
+    tokens_rp: Any  # int32[R, P], the prompt from column 0 on
+    length_r: Any  # int32[R], tokens of the prompt
+    row_r: Any  # int32[R], index in the global batch: names the sampling key
+    limit_r: Any  # int32[R], response tokens at most
 
 
 @struct.dataclass
@@ -117,8 +117,9 @@ def _pinned(spec: Spec, slots: Slots) -> Slots:
     cache = NamedSharding(
         spec.mesh, parallel.spec(qwen3.CACHE_AXES, spec.mesh, parallel.ACTIVATION_RULES)
     )
-    places = Slots(**{f.name: rows for f in dataclasses.fields(Slots)})
-    return jax.lax.with_sharding_constraint(slots, places.replace(cache=cache))
+    shardings: dict[str, Any] = {field.name: rows for field in dataclasses.fields(Slots)}
+    shardings["cache"] = cache
+    return jax.lax.with_sharding_constraint(slots, Slots(**shardings))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -134,7 +135,7 @@ def init(spec: Spec, num_slots: int, columns: int) -> Slots:
 def grow(spec: Spec, slots: Slots, columns: int) -> Slots:
     more = ((0, 0), (0, 0), (0, 0), (0, columns - slots.cache.num_columns), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, more), slots.cache)
-    return _pinned(spec, slots.replace(cache=cache))
+    return _pinned(spec, dataclasses.replace(slots, cache=cache))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -172,6 +173,10 @@ def insert(
     def cached(new, old):
         return old.at[:, :, :, :P].set(moved(new, old[:, :, :, :P], axis=1))
 
+    def without(slots):
+        """The slots but for their cache, whose rows are its second axis."""
+        return dataclasses.replace(slots, cache=None)
+
     last_r = jnp.maximum(length_r - 1, 0)
     token_r = jnp.take_along_axis(tokens_rp, last_r[:, None], axis=1)[:, 0]
     key = jax.random.wrap_key_data(key_data)
@@ -187,8 +192,8 @@ def insert(
         key_s=key_r,
     )
     cache = jax.tree.map(cached, fresh, slots.cache)
-    rest = jax.tree.map(moved, new.replace(cache=None), slots.replace(cache=None))
-    return _pinned(spec, rest.replace(cache=cache))
+    rest = jax.tree.map(moved, without(new), without(slots))
+    return _pinned(spec, dataclasses.replace(rest, cache=cache))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -240,9 +245,9 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
         spec.backend,
     )
     logits_sv = logits(spec, weights.head, hidden_sld[:, 0])
-    bits_s2 = jax.vmap(lambda key, t: jax.random.bits(jax.random.fold_in(key, t), 2, jnp.uint32))(
-        slots.key_s, slots.t_s
-    )
+    bits_s2 = jax.vmap(
+        lambda key, t: jax.random.bits(jax.random.fold_in(key, t), (2,), jnp.uint32)
+    )(slots.key_s, slots.t_s)
     out = sampling.sample(
         logits_sv,
         bits_s2,
@@ -255,7 +260,8 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
     eos = jnp.array(spec.eos_ids, jnp.int32)
     ended_s = jnp.any(out.token_b[:, None] == eos[None], axis=1)
     t_s = slots.t_s + emit_s
-    slots = slots.replace(
+    slots = dataclasses.replace(
+        slots,
         cache=cache,
         token_s=jnp.where(emit_s, out.token_b, slots.token_s),
         position_s=slots.position_s + emit_s,

@@ -7,6 +7,7 @@ resuming is exact; row b of a global batch is the same problem for any number of
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -87,7 +88,7 @@ class PromptStream:
     def __next__(self) -> structs.Prompts:
         B, P = len(self._row_b), self._prompt_len
         first = self._num_batches * self._batch_size
-        rows = [self._rows[first + int(b)] for b in self._row_b]
+        rows: list[Any] = [self._rows[first + int(b)] for b in self._row_b]
         self._num_batches += 1
         tokens_bp, valid_bp = np.full((B, P), self._pad, np.int32), np.zeros((B, P), bool)
         for b, (_, ids) in enumerate(rows):

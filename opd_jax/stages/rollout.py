@@ -82,7 +82,7 @@ class Schedule:
         source_ns = np.full(self.row_ns.shape, -1, np.int32)
         for n, feed in enumerate(self.feed_of_shard):
             free = np.flatnonzero(self.row_ns[n] < 0)
-            count = min(len(free), width, self.num_rows - self.next_row[feed])
+            count = min(len(free), width, int(self.num_rows - self.next_row[feed]))
             row_nr[n, :count] = self.next_row[feed] + np.arange(count)
             source_ns[n, free[:count]] = np.arange(count)
             self.row_ns[n, free[:count]] = row_nr[n, :count]

@@ -113,7 +113,7 @@ def sample(
         logp_b = logit_b - best_b - log_mass_b
 
     drawn = Sample(token_b, logp_b, candidates_bk, candidate_logp_bk, entropy_b, finite_b)
-    return Sample(*(_keep(finite_b, x) for x in drawn[:-1]), finite_b)
+    return Sample._make([*(_keep(finite_b, x) for x in drawn[:-1]), finite_b])
 
 
 def draw_index(weight_bn: jax.Array, bits_b: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ def build(
         _build_forward, backend=backend, mesh=mesh, num_top=num_top, vocab_size=vocab_size
     )
     reference_pass = None
-    if not needs.isdisjoint(REFERENCE):
+    if reference is not None and not needs.isdisjoint(REFERENCE):
         parallel.check_model(reference, mesh, "reference")
         outputs = {REFERENCE[name] for name in needs & REFERENCE.keys()}
         reference_pass = forward(reference, outputs, shape.chunk)

@@ -14,6 +14,7 @@ alone decides nothing.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -86,19 +87,19 @@ class Stage:
         weight_bt, denominator, factor_b = weights.loss_weights(
             chosen.supervised_bt, chosen.weight_bt, usable_bt, self.objective, self.run.gather
         )
-        counted_b = spans_b if "spans" in self.selector.needs else [()] * len(usable_bt)
+        read_b = spans_b if spans_b and "spans" in self.selector.needs else [()] * len(usable_bt)
         return structs.Supervision(
             supervised_bt=chosen.supervised_bt,
             weight_bt=weight_bt,
             denominator=denominator,
             release_b=chosen.release_b,
             gain_b=chosen.gain_b,
-            num_segments_b=np.array([len(spans) for spans in counted_b], np.int64),
+            num_segments_b=np.array([len(spans) for spans in read_b], np.int64),
             rescale_b=factor_b,
             usable_bt=usable_bt,
             margin_bt=margin_bt,
             spans_b=spans_b,
-            stats=stats | {"selection/segmented_in_line": (failures, 1)},
+            stats=stats | {"selection/segmented_in_line": (float(failures), 1.0)},
         )
 
     def close(self) -> None:
@@ -118,7 +119,8 @@ class Stage:
             return None, 0
         if self._pending is None:
             raise RuntimeError("selection.finish was called before selection.start of its rollout")
-        spans_b, failures = [None] * len(rollout.tokens_bt), 0
+        spans_b: list[Any] = [None] * len(rollout.tokens_bt)
+        failures = 0
         for chunk, future in self._pending:
             spans_c = None
             if future is not None:
@@ -239,7 +241,7 @@ def _usable(rollout, scores, reads):
             finite = np.isfinite(value)
             usable_bt &= finite if finite.ndim == 2 else finite.all(axis=-1)
     bad = int(rollout.valid_bt.sum() - usable_bt.sum())
-    return usable_bt, {"selection/nonfinite_tokens": (bad, int(rollout.valid_bt.sum()))}
+    return usable_bt, {"selection/nonfinite_tokens": (float(bad), float(rollout.valid_bt.sum()))}
 
 
 def _finite(value):

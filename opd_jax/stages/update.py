@@ -175,7 +175,8 @@ def state_shardings(
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(params, opt_state, whole)
+    step: Any = whole
+    return TrainState(params, opt_state, step)
 
 
 # --- accumulate ---
@@ -300,10 +301,13 @@ def _build_apply(optimizer):
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & _all_finite(params)
         active = finite & (sums["tokens"] > 0)
-        new = (params, opt_state)
-        old = (state.params, state.opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
-        return TrainState(*new, state.step + 1), _metrics(sums, denominator, grad_norm, finite)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(active, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        state = TrainState(params, opt_state, state.step + 1)
+        return state, _metrics(sums, denominator, grad_norm, finite)
 
     return apply
 
