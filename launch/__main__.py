@@ -5,7 +5,7 @@
   python -m launch --config=configs/paper.py:1.7b --workdir=gs://BUCKET/run --config.seed=1
 
 Exit codes: 0 finished, 1 an error (the message says what to set), 75 preempted: checkpointed, run
-the same command again, 76 ended by a second SIGTERM.
+the same command again, 76 ended at once by a second signal. SIGTERM and Ctrl-C do the same.
 """
 
 import sys

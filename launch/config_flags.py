@@ -40,6 +40,7 @@ from absl import app, flags
 from ml_collections import config_flags as mlc_flags
 
 from opd_jax.settings import flatten
+from opd_jax.workdir import preemption
 
 flags.disclaim_key_flags()  # --config belongs to the launcher that calls define(): --help shows it
 
@@ -84,11 +85,15 @@ def define(
 def run(main: Callable[[list[str]], Any], takes_arguments: bool = False) -> None:
     """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown.
 
+    Ctrl-C ends the command with one line and status 75.
+
     Args:
       takes_arguments: whether arguments that are no flags, or follow `--`, go to `main`; otherwise
         they are refused.
     """
-    app.run(main, flags_parser=functools.partial(_parse_or_exit, takes_arguments=takes_arguments))
+    parser = functools.partial(_parse_or_exit, takes_arguments=takes_arguments)
+    with preemption.stoppable():
+        app.run(main, flags_parser=parser)
 
 
 def _parse_or_exit(argv: list[str], takes_arguments: bool) -> list[str]:

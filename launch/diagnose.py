@@ -42,7 +42,8 @@ def main(_) -> None:
     try:
         found = diagnose(values.config, values.workdir, values.num_batches)
     except preemption.Preempted:
-        sys.exit("stopped; nothing of a diagnosis is kept, run it again")
+        print("stopped: nothing of a diagnosis is kept, run it again", file=sys.stderr)
+        sys.exit(preemption.EXIT_PREEMPTED)
     except (ValueError, OSError) as error:
         launcher.fail(f"ERROR: {error}")
     if jax.process_index() == 0:

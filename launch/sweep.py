@@ -344,6 +344,7 @@ def run_all(jobs: Sequence[tuple[Run, list[str]]], num_jobs: int, workdir: str) 
     for run in failed:
         print(f"ERROR: {run.name} failed:\n{_tail(log_path(run))}", file=sys.stderr)
     if runner.stopping:
+        print("stopped: the same command goes on with the runs left", file=sys.stderr)
         return preemption.EXIT_PREEMPTED
     return int(any(outcome(run).status != "finished" for run in runs))
 

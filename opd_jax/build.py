@@ -23,38 +23,45 @@ from etils import epath
 from opd_jax import parallel, recorder, step
 from opd_jax.algorithm import selectors
 from opd_jax.algorithm.objective import check_models, check_sizes
-from opd_jax.config import Settings, read
+from opd_jax.config import Settings, defaults, read
 from opd_jax.model import qwen3, source
 from opd_jax.model.config import check_context
-from opd_jax.problems import contract, datasets, verify
+from opd_jax.problems import contract, datasets, task, verify
 from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.run import Run, Start
 from opd_jax.stages import evaluate, prompts, rollout, score, selection, update
 from opd_jax.structs import Vocabulary
-from opd_jax.workdir import checkpoint, owner, preemption, records, writer
+from opd_jax.workdir import checkpoint, digest, owner, preemption, records, writer
 
 
 def build(config: mlc.ConfigDict, workdir: str) -> Run:
     """Everything of the run; raises ValueError, naming the flag, before anything is computed."""
     resolved = json.loads(json.dumps(config.to_dict()))  # as it will be read back: no tuples
     workdir = epath.Path(workdir)
-    owner.check_same_run(resolved, workdir)
+    owner.check_same_run(resolved, workdir, defaults())
     given = read(config)
     mesh = parallel.build_mesh(given.mesh)
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
     tokenizer = load_tokenizer(given.student.directory)
     _check_contract(given, tokenizer)
-    stream = _prompts(given, tokenizer, mesh)
+    problems = list(
+        datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
+    )
+    stream = _prompts(given, problems, tokenizer, mesh)
     shapes = {role: model.config for role, model in models(given).items()}
     parts = stages(given, mesh, shapes, tokenizer.vocabulary)
     parts.select = _selection(given, tokenizer, mesh)
     verifier = verify.Verifier()
-    suites = evaluation(given, parts.sampler, tokenizer, verifier)
+    held_out = evaluate.held_out(given.evaluate)
+    suites = evaluation(given, held_out, parts.sampler, tokenizer, verifier)
 
     guard = preemption.Guard()
     guard.install()  # from here on the workdir is a run's: SIGTERM ends it in order
     owner.claim(workdir, resolved)
-    checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), given.checkpoint)
+    content = _content(given, problems, held_out)
+    checkpoints = checkpoint.Checkpoints(
+        str(workdir / "checkpoints"), given.checkpoint, content=content
+    )
     start = resume(given, checkpoints, parts.update, stream, resolved)
     owner.check_num_steps(given.num_steps, start.step, workdir)
     parts.frozen = _frozen(given, parts)
@@ -141,10 +148,13 @@ def stages(
 
 
 def evaluation(
-    given: Settings, sampler: rollout.Sampler, tokenizer: Tokenizer, verifier: verify.Verifier
+    given: Settings,
+    sets: dict[str, list[task.Example]],
+    sampler: rollout.Sampler,
+    tokenizer: Tokenizer,
+    verifier: verify.Verifier,
 ) -> dict[str, evaluate.Suite]:
     """The held-out problems, answered by "student" and by "teacher"."""
-    sets = evaluate.held_out(given.evaluate)
     suites = {}
     for role in ("student", "teacher"):
         evaluator = evaluate.build(
@@ -171,7 +181,7 @@ def resume(
     if restored is None:
         shardings = parallel.shardings(qwen3.param_axes(given.student.config), updater.mesh)
         return Start(updater.init(given.student.load(shardings)), step=0, row={})
-    owner.compare(resolved, restored.config, checkpoints.directory.parent)
+    owner.compare(resolved, restored.config, checkpoints.directory.parent, defaults())
     stream.restore(restored.cursor["prompts"])
     return Start(restored.state, restored.step, restored.cursor["row"], restored.skipped)
 
@@ -189,16 +199,25 @@ def state_shapes(updater: update.Update, student: source.Student) -> update.Trai
 # --- parts ---
 
 
-def _prompts(given: Settings, tokenizer: Tokenizer, mesh) -> prompts.PromptStream:
+def _content(given: Settings, problems: list, sets: dict[str, list]) -> dict[str, str]:
+    """Digests of all that the run reads, by the name that a message gives it."""
+    found = {"training problems": digest.of_problems(problems)}
+    for prefix, held_out in sets.items():
+        found[f"held-out problems {prefix}".rstrip("_ ")] = digest.of_problems(held_out)
+    for role, model in models(given).items():
+        if model.path:
+            parts = digest.of_model(model.directory)
+            found |= {f"{role} {part}": value for part, value in parts.items()}
+    return found
+
+
+def _prompts(given: Settings, problems: list, tokenizer: Tokenizer, mesh) -> prompts.PromptStream:
     """This host's rows of every batch."""
-    problems = datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
     feed = parallel.feed(mesh)
-    asked = dict(vars(given.data))
-    del asked["source"], asked["on_error"]
     return prompts.PromptStream(
         problems,
         tokenizer,
-        **asked,
+        given.data,
         seed=given.seed,
         host_index=feed.index,
         host_count=feed.count,
@@ -206,23 +225,16 @@ def _prompts(given: Settings, tokenizer: Tokenizer, mesh) -> prompts.PromptStrea
 
 
 def _selection(given: Settings, tokenizer: Tokenizer, mesh) -> selection.Stage:
+    gather = functools.partial(parallel.gather_rows, mesh)
+    host_group = parallel.feed(mesh).index
     return selection.build(
         given.selector,
         tokenizer.token_bytes,
-        segment_kind=given.segment.kind,
-        punkt=given.segment.punkt,
-        fixed_tokens=given.segment.fixed_tokens,
-        max_tokens=given.segment.max_tokens,
-        num_workers=given.segment.num_workers,
-        margin_kind=given.margin.kind,
-        include_sampled=given.margin.include_sampled,
-        margin_temperature=given.margin.temperature,
-        **given.weights,
+        given.margin,
+        given.segment,
+        given.objective,
         want_spans=bool(given.log.signals_every_steps),
-        seed=given.seed,
-        num_steps=given.num_steps,
-        gather=functools.partial(parallel.gather_rows, mesh),
-        feed_index=parallel.feed(mesh).index,
+        run=selection.Run(given.seed, given.num_steps, gather, host_group),
     )
 
 

@@ -6,13 +6,15 @@ reads, and nothing but this module sees a ConfigDict.
 """
 
 import dataclasses
-import types
+from typing import Any
 
 import ml_collections as mlc
 
 from opd_jax import parallel
 from opd_jax.algorithm import selectors
+from opd_jax.algorithm.margin import Settings as Margin
 from opd_jax.algorithm.objective import Objective
+from opd_jax.algorithm.segments import Settings as Segment
 from opd_jax.algorithm.selector import Selector
 from opd_jax.model.backend import Settings as Model
 from opd_jax.model.source import Reference, Student, Teacher
@@ -21,6 +23,7 @@ from opd_jax.settings import Section, number
 from opd_jax.stages.evaluate import Settings as Evaluate
 from opd_jax.stages.optimizer import Settings as Optim
 from opd_jax.stages.packing import Settings as Pack
+from opd_jax.stages.prompts import Settings as Data
 from opd_jax.stages.rollout import Settings as Rollout
 from opd_jax.workdir.checkpoint import Settings as Checkpoint
 
@@ -33,11 +36,11 @@ class Settings(Section):
     teacher: Teacher = Teacher()
     reference: Reference = Reference()
     model: Model = Model()
-    data: types.SimpleNamespace = None
+    data: Data = Data()
     rollout: Rollout = Rollout()
     pack: Pack = Pack()
-    margin: types.SimpleNamespace = None
-    segment: types.SimpleNamespace = None
+    margin: Margin = Margin()
+    segment: Segment = Segment()
     selector: Selector = selectors.build("bic")
     objective: Objective = Objective()
     optim: Optim = Optim()
@@ -48,7 +51,6 @@ class Settings(Section):
     num_steps: int = number(100, least=1)  # updates
     contract_allow: tuple = ()  # student-teacher mismatches accepted by name
     mesh: tuple = parallel.DEFAULT_MESH  # (axis, size) pairs; -1 takes the devices that are left
-    weights: dict = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,23 +70,19 @@ def read(config: mlc.ConfigDict) -> Settings:
     """Reads every key once. Raises ValueError, naming the flag, at the first that cannot be."""
     found = {}
     for field in dataclasses.fields(Settings):
-        if field.name == "weights":
-            continue
         value = config[field.name]
         if field.name == "selector":
-            value = value.to_dict()
-            kind = value.pop("kind")
-            value = selectors.build(kind, **{k: value[k] for k in selectors.knobs(kind)})
-        elif field.name == "objective":
-            value = value.to_dict()
-            found["weights"] = {k: value.pop(k) for k in ("aggregate", "rescale", "max_rescale")}
-            value = Objective(**value)
-        elif field.type is types.SimpleNamespace:
-            value = types.SimpleNamespace(**value.to_dict())
+            value = selectors.of(value.to_dict())
         elif issubclass(field.type, Section):
             value = field.type(**value.to_dict())
         found[field.name] = _tuples(value)
     return Settings(**found)
+
+
+def defaults() -> dict[str, Any]:
+    """Every key at its default, nested like the config."""
+    values = dataclasses.asdict(Settings())
+    return values | {"selector": {"kind": "bic"} | selectors.DEFAULTS}
 
 
 def _tuples(value):

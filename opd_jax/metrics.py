@@ -17,7 +17,7 @@ NGRAM = 4  # tokens; the repetition rate counts repeated runs of this many
 
 
 def row_table(
-    rollout: structs.Rollout, scores: structs.Scores, supervision
+    rollout: structs.Rollout, scores: structs.Scores, supervision: structs.Supervision
 ) -> dict[str, np.ndarray]:
     """Per-row quantities, float64[B] each; `*_sum` are over the row's valid tokens.
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from opd_jax.stages import rollout, score, selection, update
-from opd_jax.structs import Prompts, Rollout, Scores
+from opd_jax.structs import Prompts, Rollout, Scores, Supervision
 
 
 class Clock:
@@ -58,7 +58,7 @@ class Step:
     rollout: Rollout
     stats: rollout.Stats
     scores: Scores
-    supervision: selection.Chosen
+    supervision: Supervision
     seconds: dict[str, float]  # of each stage
     sums: dict[str, tuple] = dataclasses.field(
         default_factory=dict
@@ -125,7 +125,7 @@ class Stages:
         *,
         clock: Clock | None = None,
         check: Callable[[], None] = go_on,
-    ) -> tuple[Scores, selection.Chosen]:
+    ) -> tuple[Scores, Supervision]:
         """Scores of a rollout, and what the selector makes of them."""
         clock = clock or Clock()
         with clock("score"):
@@ -142,7 +142,7 @@ class Stages:
         state: update.TrainState,
         sampled: Rollout,
         scores: Scores,
-        supervision: selection.Chosen,
+        supervision: Supervision,
     ) -> tuple[update.TrainState, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """One update; the new state, and sums name -> (sum, count) over all hosts."""
         weight_bt, denominator = supervision.weight_bt, supervision.denominator

@@ -56,3 +56,20 @@ class Scores:
     teacher_ids_logp_btk: np.ndarray | None = None  # float32[B, T, J], nats, at these ids
     teacher_hidden_btd: Any | None = None  # compute dtype [B, T, D], state that predicts token t
     reference_logp_bt: np.ndarray | None = None  # float32[B, T], nats, of the sampled token
+
+
+@struct.dataclass
+class Supervision:
+    """What a step does with each token of this host's rows: the selection stage's result."""
+
+    supervised_bt: np.ndarray  # bool[B, T], True = supervised at full strength
+    weight_bt: np.ndarray  # float32[B, T], of the token's loss, rescaling included; 0 = none
+    denominator: float  # this host's: loss = sum(weight * token_loss) / sum(denominator)
+    release_b: np.ndarray  # int[B], first token no longer supervised; = length: nothing released
+    gain_b: np.ndarray  # float[B], nats; -inf = no drop, NaN = not sought
+    num_segments_b: np.ndarray  # int[B]; 0 where the selector reads no segments
+    rescale_b: np.ndarray  # float[B], the row's rescaling factor of eq. (5); 1 = nothing released
+    usable_bt: np.ndarray  # bool[B, T], valid, and every value that the run trains on is finite
+    margin_bt: np.ndarray | None  # float32[B, T], nats; NaN where not usable
+    spans_b: list | None  # per row, token spans of its segments; None = not asked for
+    stats: dict[str, tuple[float, float]]  # name -> (sum, count) over this host's rows

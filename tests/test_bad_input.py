@@ -26,8 +26,9 @@ from opd_jax.model import backend, hf, qwen3
 from opd_jax.model.source import Teacher
 from opd_jax.problems import benchmarks, intervals, task
 from opd_jax.problems.datasets import build_dataset
-from opd_jax.stages import evaluate, optimizer, packing, rollout, sampling, selection
+from opd_jax.stages import evaluate, optimizer, packing, rollout, sampling
 from opd_jax.stages.prompts import PromptStream
+from opd_jax.stages.prompts import Settings as Data
 from opd_jax.structs import Vocabulary
 from opd_jax.workdir import checkpoint, owner
 from tests import advice
@@ -120,19 +121,11 @@ def draw(**given):
 
 
 def prompts(source=("a",), **given):
-    return PromptStream(source, None, **dict(batch_size=4, prompt_len=8, seed=0) | given)
+    settings = Data(batch_size=given.pop("batch_size", 4), prompt_len=8)
+    return PromptStream(source, None, settings, seed=0, **given)
 
 
-WEIGHTS = dict(
-    supervised_bt=np.ones((2, 3), bool),
-    weight_bt=np.ones((2, 3)),
-    valid_bt=np.ones((2, 3), bool),
-)
-loss_weights = functools.partial(selectors.loss_weights, **WEIGHTS)
-selected = functools.partial(selection.build, selectors.build("bic"), [b"a"])
 find_drop = functools.partial(change_point.find_drop, [2.0, 1.0])
-segment = functools.partial(segments.segment, [b"a"])
-margins = functools.partial(margin.margin, teacher_logp_btk=np.zeros((2, 3)))
 problem = task.Example("long-1", "f", "one", "one")
 
 ROWS = [
@@ -161,35 +154,39 @@ ROWS = [
         (dict(min_side=0), "min_side=1"),
         (dict(min_gain=math.nan), "min_gain=0.0"),
         (dict(min_drop=-1.0), "min_drop=0.0"),
+        (dict(min_segments=-1), "min_segments=2"),
+        (dict(penalty_change=math.nan), "penalty_change=3.0"),
+        (dict(penalty_none=math.inf), "penalty_none=1.0"),
     ),
     *knobs(
-        segment,
+        segments.Settings,
         "segment",
         (dict(kind="spacy"), "kind=nltk"),
         (dict(punkt="english"), "punkt=embedded"),
-        (dict(fixed_tokens=0), "fixed_tokens=64"),
+        (dict(kind="fixed_tokens", fixed_tokens=0), "fixed_tokens=32"),
+        (dict(kind="nltk", fixed_tokens=64), "fixed_tokens=32"),
+        (dict(kind="token", punkt="punkt_tab"), "punkt=embedded"),
         (dict(max_tokens=-1), "max_tokens=0"),
+        (dict(num_workers=-1), "num_workers=1"),
+        (dict(max_tokens=1.5), "max_tokens=0"),
     ),
     *knobs(
-        margins,
+        margin.Settings,
         "margin",
         (dict(kind="top2"), "kind=top1_top2"),
         (dict(kind="top1_top2", temperature=0.0), "temperature=1.0"),
-        (dict(kind="advantage_variance"), "kind=top1_top2"),
+        (dict(temperature=math.nan), "temperature=1.0"),
+    ),
+    Row(
+        "'advantage_variance'",
+        "--config.margin.kind=top1_top2",
+        lambda: margin.margin(margin.Settings("advantage_variance"), np.zeros((2, 3))),
     ),
     *(
         Row(f"K={num}", "--config.rollout.num_candidates=4", _call(margin.teacher_margin, given))
         for num, shape in ((1, (3, 1)), (0, (0,)), (0, ()))
         for given in [dict(teacher_logp_btk=np.zeros(shape))]
     ),
-    *knobs(
-        selected,
-        "segment",
-        (dict(num_workers=-1), "num_workers=1"),
-        (dict(segment_kind="words"), "kind=nltk"),
-    ),
-    *knobs(selected, "margin", (dict(margin_kind="best"), "kind=top1_top2")),
-    *knobs(selected, "objective", (dict(rescale="row"), "rescale=sequence")),
     *knobs(
         selectors.build,
         "selector",
@@ -203,6 +200,7 @@ ROWS = [
         (dict(kind="growing_prefix", start_length=9, end_length=8), "end_length=9"),
         (dict(kind="growing_prefix", grow_steps=-1), "grow_steps=0"),
         (dict(kind="iw_opd", gamma=-1.0), "gamma=0.5"),
+        (dict(kind="iw_opd", gamma=math.inf), "gamma=0.5"),
         (dict(kind="bic", aggregate="max"), "aggregate=mean"),
         (dict(kind="bic", transform="log"), "transform=log1p"),
         (dict(kind="bic", trim=0.5), "trim=0.1"),
@@ -213,7 +211,7 @@ ROWS = [
         (dict(kind="bic", min_supervised_tokens=-2), "min_supervised_tokens=0"),
     ),
     Row(
-        "'bic' has no knob 'length'",
+        "'bic' has no setting 'length'",
         "Leave --config.selector.length out",
         lambda: selectors.build("bic", length=3),
     ),
@@ -222,14 +220,14 @@ ROWS = [
         "Leave --config.selector.fraction out",
         lambda: selectors.build("full", fraction=0.5),
     ),
-    # The loss.
     *knobs(
-        loss_weights,
-        "objective",
-        (dict(aggregate="mean"), "aggregate=row_mean"),
-        (dict(rescale="row"), "rescale=sequence"),
-        (dict(max_rescale=0.5), "max_rescale=0.0"),
+        lambda **given: selectors.of(selectors.DEFAULTS | given),
+        "selector",
+        (dict(kind="full", min_side=3), "min_side=1"),
+        (dict(kind="bic", length=64), "length=1024"),
+        (dict(kind="fixed_prefix", fraction=0.5), "fraction=0.0"),
     ),
+    # The loss.
     *knobs(
         Objective,
         "objective",
@@ -239,12 +237,21 @@ ROWS = [
         (dict(kind="jsd", support="top"), "support=full"),
         (dict(kind="jsd", support="union", tail="none"), "tail=bin"),
         (dict(kind="jsd", support="teacher_k", top_k=1), "top_k=16"),
+        (dict(kind="sampled_pg", support="union"), "support=full"),
+        (dict(kind="jsd", tail="truncate"), "tail=bin"),
+        (dict(kind="jsd", support="student_k", top_k=8), "top_k=16"),
+        (dict(kind="reverse_kl", beta=0.1), "beta=0.5"),
         (dict(kind="jsd", extrapolation=1.25), "extrapolation=1.0"),
         (dict(kind="sampled_pg", advantage_floor=1.0), "advantage_floor=0.0"),
-        (dict(kind="sampled_pg", is_threshold=-1.0), "is_threshold=5.0"),
+        (dict(kind="sampled_pg", is_threshold=-1.0), "is_threshold=0.0"),
+        (dict(kind="sampled_pg", extrapolation=math.nan), "extrapolation=1.0"),
         (dict(kind="sampled_pg", advantage_clip=-1.0), "advantage_clip=0.0"),
-        (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0"),
+        (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0.0"),
         (dict(kind="forward_kl", stop_gradient=True), "stop_gradient=False"),
+        (dict(aggregate="mean"), "aggregate=row_mean"),
+        (dict(rescale="row"), "rescale=sequence"),
+        (dict(max_rescale=0.5), "max_rescale=0.0"),
+        (dict(max_rescale=-2.0), "max_rescale=0.0"),
     ),
     *knobs(
         functools.partial(check_sizes, Objective(), vocab_size=10),

@@ -12,6 +12,7 @@ is read. On CPU the process is pinned to --threads CPUs before JAX starts.
 import sys
 
 from launch.bench import flags
+from opd_jax.workdir import preemption
 
 
 def main(argv: list[str]) -> None:
@@ -23,4 +24,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with preemption.stoppable():
+        main(sys.argv[1:])

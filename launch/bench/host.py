@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.bench import measure, sizes
 from launch.bench.measure import Report
-from opd_jax.algorithm import selectors
+from opd_jax.algorithm import segments, selectors
 from opd_jax.stages import selection
 
 # Prose of mathematics as tokens; about every 18th ends a sentence.
@@ -30,7 +30,8 @@ def host_case(args) -> Report:
     rollout, scores = _responses(args, len(token_bytes))
     num_bytes = sum(len(token_bytes[i]) for i in rollout.tokens_bt.reshape(-1))
     taken = []
-    with selection.build(selectors.build("bic"), token_bytes, num_workers=args.workers) as stage:
+    settings = segments.Settings(num_workers=args.workers)
+    with selection.build(selectors.build("bic"), token_bytes, segment=settings) as stage:
         for i in range(args.warmup + args.repeats):
             seconds, chosen = _measure(stage, rollout, scores)
             if i >= args.warmup:

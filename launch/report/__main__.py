@@ -19,6 +19,7 @@ from launch import config_flags
 from launch.report import evidence, page
 from launch.study import collect
 from opd_jax.settings import flatten
+from opd_jax.workdir import preemption
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,4 +75,5 @@ def make(
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

@@ -22,6 +22,7 @@ from etils import epath
 from configs import study as arms
 from launch import config_flags, diagnose
 from launch.study import collect, tables
+from opd_jax.workdir import preemption
 
 MARK = "<!-- study -->"
 
@@ -112,4 +113,5 @@ def read_runs(workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

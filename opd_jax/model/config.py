@@ -317,10 +317,16 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
             f"model_type is {_shown(raw.get('model_type'))}; we compute {sorted(ARCHITECTURES)}: "
             "name a Qwen3 model"
         )
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+    if raw.get("use_sliding_window"):
         problems.append(
             "use_sliding_window is on; every layer here attends to the whole context: use a "
             "checkpoint with use_sliding_window=false"
+        )
+    others = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
+    if others:
+        problems.append(
+            f"layer_types holds {', '.join(others)}; we compute 'full_attention': use another "
+            "checkpoint"
         )
     if raw.get("attention_bias"):
         problems.append(

@@ -10,6 +10,7 @@ from opd_jax.problems import task, verify
 from opd_jax.problems.tokenizer import load_tokenizer
 from opd_jax.stages import evaluate, rollout
 from opd_jax.stages.prompts import PromptStream
+from opd_jax.stages.prompts import Settings as Data
 
 T = 10
 EXAMPLES = task.make_many(task.IN_DOMAIN, "heldout", 0, 6)
@@ -106,8 +107,8 @@ def test_the_model_sees_the_rendered_chat_template(evaluator, evaluated, tokeniz
 
 def test_evaluation_and_training_write_a_prompt_the_same_way(evaluator, tokenizer):
     for example in EXAMPLES[:3]:
-        knobs = dict(batch_size=1, prompt_len=evaluator.prompt_len, seed=0)
-        trained = next(PromptStream([example], tokenizer, **knobs))
+        data = Data(batch_size=1, prompt_len=evaluator.prompt_len)
+        trained = next(PromptStream([example], tokenizer, data, seed=0))
         evaluated = evaluator._prompts([tokenizer.encode_prompt(example.prompt)], [(0, 0)])
         np.testing.assert_array_equal(trained.tokens_bp, evaluated.tokens_bp)
         np.testing.assert_array_equal(trained.valid_bp, evaluated.valid_bp)

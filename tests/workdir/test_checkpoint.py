@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact round trip, every damage found, the newest good one used, none deleted."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import optax
 import pytest
 from flax import struct
 
+from configs import base
 from opd_jax.workdir import checkpoint
 
 LAST = checkpoint.Settings(keep_last=1, keep_best=0)
@@ -207,3 +209,34 @@ def test_export_reads_parameters_alone(two_saved):
     assert checkpoint.Checkpoints(two_saved).read_params(2)[0] == 2
     with pytest.raises(ValueError, match="set --step"):
         checkpoint.Checkpoints(two_saved).read_params(3)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({"training problems": "a"}, {"training problems": "b"}, "with other training problems: "),
+        (
+            {"student weights": "a", "student tokenizer": "a", "teacher weights": "a"},
+            {"student weights": "b", "student tokenizer": "b", "teacher weights": "a"},
+            "with other student weights and other student tokenizer: ",
+        ),
+        ({"training problems": "a"}, {"training problems": "a"}, ""),
+        ({}, {"training problems": "a"}, ""),  # saved by a version that kept none
+        ({"training problems": "a"}, {}, ""),  # read by somebody who trains nothing
+    ],
+)
+def test_a_run_whose_files_were_replaced_does_not_go_on(tmp_path, before, now, says):
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", content=before)
+    saved.save(2, make_state(), cursor={}, config={}, metric=None)
+    saved.close()
+    reader = checkpoint.Checkpoints(tmp_path / "checkpoints", content=now)
+    if says:
+        with pytest.raises(ValueError, match=f"{says}.*Put the old files back, or set --workdir"):
+            reader.restore(shapes(make_state()))
+        assert (tmp_path / "checkpoints" / "2").is_dir()
+    else:
+        assert reader.restore(shapes(make_state())).content == before
+
+
+def test_the_page_that_users_read_shows_the_defaults_of_the_settings():
+    assert base.get_config().checkpoint.to_dict() == dataclasses.asdict(checkpoint.Settings())
