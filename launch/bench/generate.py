@@ -24,11 +24,7 @@ def decode_case(args) -> Report:
     flops /= args.new_tokens
     steps = [_DecodeSteps(args, config, params, dtype) for dtype in args.head_dtypes]
     matmul, read, *taken = measure.interleaved(
-        measure.matmul_rate(),
-        measure.read_rate(),
-        *steps,
-        warmup=args.warmup,
-        repeats=args.repeats,
+        measure.matmul_rate(), measure.read_rate(), *steps, warmup=args.warmup, repeats=args.repeats
     )
     floors = [flops / rate for rate in matmul]
     matmul, read = statistics.median(matmul), statistics.median(read)

@@ -236,12 +236,7 @@ def step_case(args) -> Report:
         return measure.ratio([c[stage] for c in clocks], floors) if flops[stage] else None
 
     rows = [
-        dict(
-            stage=name,
-            seconds=median[name],
-            floor_seconds=flops[name] / rate,
-        )
-        for name in STAGES
+        dict(stage=name, seconds=median[name], floor_seconds=flops[name] / rate) for name in STAGES
     ]
     for row in rows:
         row["ratio_to_floor"] = to_floor(row["stage"])

@@ -14,6 +14,7 @@ from launch import config_flags, sweep
 from launch.report import __main__ as report
 from launch.study import __main__ as study_command
 from launch.study import collect, tables
+from opd_jax.settings import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
@@ -107,7 +108,7 @@ def test_every_arm_is_a_valid_config_that_is_known_again(variant):
     names = []
     for element in elements[: len(arms)]:  # one seed: applying overrides takes a while
         resolved = config_flags.apply_overrides(config, element)
-        flat = config_flags.flatten(json.loads(json.dumps(resolved.to_dict())))
+        flat = flatten(json.loads(json.dumps(resolved.to_dict())))
         names.append(study.arm_of(flat))
     assert names == list(arms)
     assert len({sweep.directory_name(e) for e in elements}) == len(elements)
@@ -121,7 +122,7 @@ def test_the_baselines_are_arms():
 
 
 def test_a_config_of_no_arm_is_none():
-    flat = config_flags.flatten(study.get_config().to_dict())
+    flat = flatten(study.get_config().to_dict())
     assert study.arm_of(flat) == study.RULE
     assert study.arm_of(flat | {"selector.kind": "tip"}) is None
     assert study.arm_of({}) is None
