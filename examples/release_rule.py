@@ -25,7 +25,7 @@ SHOWN = 6  # tokens of a table, where all would be too many
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the rollout and returns its release point, in tokens."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The release rule on a rollout.")
     parser.add_argument(
         "file", nargs="?", default=ROLLOUT, help="a step's file of WORKDIR/rollouts"
     )

@@ -6,6 +6,7 @@ Index t of every response array means response token t; a log-probability at t i
 given everything before it.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,4 +73,4 @@ class Supervision:
     usable_bt: np.ndarray  # bool[B, T], valid, and every value that the run trains on is finite
     margin_bt: np.ndarray | None  # float32[B, T], nats; NaN where not usable
     spans_b: list | None  # per row, token spans of its segments; None = not asked for
-    stats: dict[str, tuple[float, float]]  # name -> (sum, count) over this host's rows
+    stats: Mapping[str, tuple[float, float]]  # name -> (sum, count) over this host's rows

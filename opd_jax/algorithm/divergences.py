@@ -93,10 +93,9 @@ def _logp_and_tail_forward(
 def _logp_and_tail_backward(
     residuals: tuple, g: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, None]:
-    *residuals, tail_n = residuals
-    logits_nv, top_n1, log_sum_n1, ids_nk = residuals
+    logits_nv, top_n1, log_sum_n1, ids_nk, tail_n = residuals
     g_nk, g_tail_n1 = g[0], jnp.where(jnp.isfinite(tail_n), g[1], 0.0)[:, None]
-    d_nv, _ = _logp_at_backward(residuals, g_nk)
+    d_nv, _ = _logp_at_backward(residuals[:-1], g_nk)
     logp_nv = (logits_nv - top_n1) - log_sum_n1
     own_nv = jnp.where(_held(logits_nv, ids_nk), -jnp.inf, logp_nv - tail_n[:, None])
     return d_nv + g_tail_n1 * (jnp.exp(own_nv) - jnp.exp(logp_nv)), None
@@ -225,6 +224,7 @@ def support_divergence(
     teacher_logp_nk = jax.lax.stop_gradient(teacher_logp_nk)
     raw_nk, raw_teacher_nk = student_logp_nk, teacher_logp_nk
     if tail == "bin":
+        assert student_tail_n is not None, "tail=bin reads the mass of all other tokens"
         tail_n1 = student_tail_n[:, None]
         student_logp_nk = jnp.concatenate([student_logp_nk, tail_n1], axis=-1)
         teacher_tail_n1 = _tail(jnp.where(present_nk, teacher_logp_nk, -jnp.inf))

@@ -9,6 +9,7 @@ gradient of the head is a sum over M: on a mesh, call them under shard_map over 
 every chunk sums it over devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -59,23 +60,25 @@ def head_loss_and_grads(
     width = max(1, min(N, chunk // M))
     dtype = hidden_mnd.dtype
     head_vd = head_vd.astype(dtype)
+    teacher_vd = None
     if objective.is_divergence and objective.support == "full":
         check_targets(objective, targets_mn, targets_mn.teacher_hidden_d)
-        teacher_head_vd = teacher_head_vd.astype(targets_mn.teacher_hidden_d.dtype)
+        assert teacher_head_vd is not None, "it comes beside the targets' teacher_hidden_d"
+        teacher_vd = teacher_head_vd.astype(targets_mn.teacher_hidden_d.dtype)
     else:
-        targets_mn = targets_mn.replace(teacher_hidden_d=None)
+        targets_mn = dataclasses.replace(targets_mn, teacher_hidden_d=None)
 
     def step(i, d_hidden_mnd, d_head_vd):
         # The last chunk may overlap the one before: `use_ms` takes each target position once.
         start = jnp.minimum(i * width, N - width)
         position_s = start + jnp.arange(width)
         use_ms = (position_s >= i * width)[None] & (position_s[None] < count_m[:, None])
-        inputs_ms = _slice((hidden_mnd, targets_mn), start, width)
-        hidden_msd, targets_ms, use_ms, sums = _clean(*inputs_ms, use_ms)
+        hidden_msd, targets_ms = _slice((hidden_mnd, targets_mn), start, width)
+        hidden_msd, targets_ms, use_ms, sums = _clean(hidden_msd, targets_ms, use_ms)
         logits_msv = _logits(hidden_msd, head_vd, vocab_size)
         teacher_msv = None
-        if targets_ms.teacher_hidden_d is not None:
-            teacher_msv = _logits(targets_ms.teacher_hidden_d, teacher_head_vd, vocab_size)
+        if teacher_vd is not None:
+            teacher_msv = _logits(targets_ms.teacher_hidden_d, teacher_vd, vocab_size)
         d_logits_msv = _loss_and_d_logits(
             objective, logits_msv, targets_ms, teacher_msv, use_ms, sums
         ).astype(dtype)
@@ -105,8 +108,7 @@ def merge_sums(a: Sums, b: Sums) -> Sums:
 def logprobs(
     hidden_mnd: jax.Array,
     head_vd: jax.Array,
-    token_mn: jax.Array,
-    candidates_mnk: jax.Array | None = None,
+    targets_mn: Targets,
     count_m: jax.Array | None = None,
     *,
     num_top: int = 0,
@@ -119,23 +121,22 @@ def logprobs(
     Args:
       hidden_mnd: compute dtype [M, N, D]; position n predicts token n.
       head_vd: [V', D].
-      token_mn: int32[M, N], the sampled tokens.
-      candidates_mnk: int32[M, N, K] or None, the student's top-K ids.
+      targets_mn: `Targets` with leading dims [M, N]; read are token and, if there, candidates_k.
       count_m: int32[M], used positions of each row, first; None = all.
       num_top: also return the model's own top ids, for supports teacher_k and union.
       entropy: also return the entropy.
       chunk, vocab_size: see `head_loss_and_grads`.
 
     Returns:
-      dict of float32 arrays, nats, 0 in unused positions: "logp" [M, N]; if asked for
-      "candidate_logp" [M, N, K], "entropy" [M, N], and of num_top = J "top_logp" [M, N, J] with
-      "top_ids" int32[M, N, J], best first. A hidden state that is not finite makes its own position
-      NaN.
+      dict of float32 arrays, nats, 0 in unused positions: "logp" [M, N]; of the candidates
+      "candidate_logp" [M, N, K]; if asked for "entropy" [M, N], and of num_top = J "top_logp"
+      [M, N, J] with "top_ids" int32[M, N, J], best first. A hidden state that is not finite makes
+      its own position NaN.
     """
     M, N, _ = hidden_mnd.shape
     width = max(1, min(N, chunk // M))
     count_m = jnp.full((M,), N) if count_m is None else count_m
-    inputs_mn = (hidden_mnd, token_mn[..., None], candidates_mnk)
+    inputs_mn = (hidden_mnd, targets_mn.token[..., None], targets_mn.candidates_k)
 
     def of_tokens(logits_nv, token_n1, candidates_nk):
         logp_nv = jax.nn.log_softmax(logits_nv, axis=-1)

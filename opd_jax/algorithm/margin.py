@@ -9,13 +9,14 @@ Functions take numpy or JAX arrays and keep their dtype, on the host or under ji
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from opd_jax.settings import Section, choice, number
 
-Array = np.ndarray | jax.Array
+Array = TypeVar("Array", np.ndarray, jax.Array)  # the result is of the kind that was given
 KINDS = ("top1_top2", "top1_mean", "entropy", "advantage_variance")
 
 
@@ -157,7 +158,7 @@ def with_sampled(
     return teacher_btk, student_logp_btk, present_btk
 
 
-def check_num_candidates(logp_btk: Array) -> None:
+def check_num_candidates(logp_btk: np.ndarray | jax.Array) -> None:
     """Raises ValueError unless the last axis holds at least two candidates."""
     num = logp_btk.shape[-1] if logp_btk.ndim else 0
     if num < 2:

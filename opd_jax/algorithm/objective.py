@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from opd_jax.algorithm import divergences
 from opd_jax.settings import Section, choice, number
@@ -179,7 +180,7 @@ def token_loss(
         repeat an id or leave the vocabulary, and targets that are not finite where weight is not 0.
     """
     check_targets(objective, targets_n, teacher_logits_nv)
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(targets_n)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(targets_n)):
         check_values(targets_n, student_logits_nv.shape[-1])
     targets_n = jax.lax.stop_gradient(targets_n)
     logp_n = divergences.logp_at(student_logits_nv, targets_n.token[:, None])[:, 0]
@@ -195,7 +196,7 @@ def token_loss(
         return -logp_n, aux
     if objective.support == "full":
         teacher_nv = jax.lax.stop_gradient(teacher_logits_nv)
-        loss_n = divergences.full_divergence(
+        loss_n: Any = divergences.full_divergence(
             objective.kind, objective.beta, student_logits_nv, teacher_nv
         )
         return loss_n, aux

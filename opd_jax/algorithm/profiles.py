@@ -7,7 +7,7 @@ counts of rows, hosts and steps add up; divide once, at the end. One step's file
 (records.signals_arrays) is these arrays, and a notebook needs numpy.load alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -37,34 +37,28 @@ def per_token(
     *,
     usable_bt: np.ndarray,
     supervised_bt: np.ndarray,
-    margin_bt: np.ndarray | None = None,
+    measured: Mapping[str, np.ndarray | None],
     teacher_logp_bt: np.ndarray | None = None,
     sampler_logp_bt: np.ndarray | None = None,
     teacher_logp_btk: np.ndarray | None = None,
     candidate_logp_btk: np.ndarray | None = None,
-    student_entropy_bt: np.ndarray | None = None,
-    teacher_entropy_bt: np.ndarray | None = None,
 ) -> Tokens:
     """Every signal that its inputs allow, as name -> (value_bt, where_bt).
 
     Args:
       usable_bt: bool[B, T], True = valid token whose values are all finite.
       supervised_bt: bool[B, T], True = supervised.
-      margin_bt, teacher_logp_bt, sampler_logp_bt, *_entropy_bt: float[B, T], nats.
+      measured: "margin", "student_entropy", "teacher_entropy" -> float[B, T], nats, or None.
+      teacher_logp_bt, sampler_logp_bt: float[B, T], nats, of the sampled token.
       teacher_logp_btk, candidate_logp_btk: float[B, T, K], nats, teacher's and student's values of
         the student's candidates, not renormalised. Any of them may be None.
 
     Returns:
       dict of pairs: value float64[B, T], and bool[B, T], True = the value counts (it is finite).
     """
-    values = {
-        "margin": margin_bt,
-        "student_entropy": student_entropy_bt,
-        "teacher_entropy": teacher_entropy_bt,
-    }
-    where = {}
+    values, where = dict(measured), {}
     with np.errstate(invalid="ignore", over="ignore"):  # unusable tokens may hold anything
-        if teacher_logp_bt is not None:
+        if teacher_logp_bt is not None and sampler_logp_bt is not None:
             advantage_bt = np.asarray(teacher_logp_bt, np.float64) - sampler_logp_bt
             values |= {"advantage": advantage_bt, "abs_advantage": np.abs(advantage_bt)}
             for name, where_bt in (("supervised", supervised_bt), ("released", ~supervised_bt)):

@@ -253,14 +253,14 @@ def _aggregate(value_t: np.ndarray, aggregate: str, trim: float) -> float:
     if not len(value_t):
         return np.nan
     if aggregate == "median":
-        return np.median(value_t)
+        return float(np.median(value_t))
     if aggregate == "std":
-        return np.std(value_t)
+        return float(np.std(value_t))
     cut = int(trim * len(value_t))
-    return np.mean(np.sort(value_t)[cut : len(value_t) - cut])
+    return float(np.mean(np.sort(value_t)[cut : len(value_t) - cut]))
 
 
-def _mark_replaced(error: UnicodeError) -> tuple[str, int]:
+def _mark_replaced(error: Any) -> tuple[str, int]:
     """Decoding error handler: a lone surrogate that says how many ill-formed bytes it replaces."""
     return chr(_MARK + error.end - error.start), error.end
 

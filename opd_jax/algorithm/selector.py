@@ -26,6 +26,11 @@ def local_rows(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
+def optional() -> Any:
+    """A field of `Signals` that a caller may leave out."""
+    return dataclasses.field(default=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Signals:
     """What a selector may look at; index t is response token t.
@@ -37,16 +42,16 @@ class Signals:
 
     valid_bt: np.ndarray  # bool[B, T], True = sampled token, EOS included
     usable_bt: np.ndarray | None = None  # bool[B, T], valid and finite teacher; None = valid_bt
-    finished_b: np.ndarray | None = None  # bool[B], True = the last valid token is EOS
-    student_entropy_bt: np.ndarray | None = None  # float[B, T], nats
-    candidate_logp_btk: np.ndarray | None = None  # float[B, T, K], nats, student, not renormalised
-    margin_bt: np.ndarray | None = None  # float[B, T], >= 0, see margin.py
-    advantage_bt: np.ndarray | None = None  # float[B, T], nats, log p_T - log p_S, sampled token
-    teacher_logp_btk: np.ndarray | None = None  # float[B, T, K], nats, on the student's candidates
-    spans_b: list[Spans] | None = None  # per row, token spans of its segments
+    finished_b: np.ndarray = optional()  # bool[B], True = the last valid token is EOS
+    student_entropy_bt: np.ndarray = optional()  # float[B, T], nats
+    candidate_logp_btk: np.ndarray = optional()  # float[B, T, K], nats, student, not renormalised
+    margin_bt: np.ndarray = optional()  # float[B, T], >= 0, see margin.py
+    advantage_bt: np.ndarray = optional()  # float[B, T], nats, log p_T - log p_S, sampled token
+    teacher_logp_btk: np.ndarray = optional()  # float[B, T, K], nats, on the student's candidates
+    spans_b: list[Spans] = optional()  # per row, token spans of its segments
     step: int = 0
     num_steps: int = 1
-    rng: np.random.Generator | None = None  # from run seed and step: the same on every host
+    rng: np.random.Generator = optional()  # from run seed and step: the same on every host
     gather: Callable[[np.ndarray], np.ndarray] = local_rows  # this host's rows -> all, in order
     first_row: int = 0  # where this host's rows start in what `gather` returns
 

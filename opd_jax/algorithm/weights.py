@@ -41,7 +41,7 @@ def loss_weights(
       factor_b: float64[B], the row's rescaling factor; 1 = nothing released, or nothing supervised.
     """
     valid_bt = np.asarray(valid_bt, bool)
-    taught_b = (supervised_bt & valid_bt).any(axis=1)
+    taught_b = np.any(supervised_bt & valid_bt, axis=1)
     q_bt = np.where(supervised_bt, 1.0, np.asarray(weight_bt, np.float64))
     sum_lq_b = np.where(taught_b, np.sum(q_bt, axis=1, where=valid_bt), 0.0)
     sum_l_b = np.where(taught_b, valid_bt.sum(axis=1), 0).astype(np.float64)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from opd_jax import parallel, structs
 from opd_jax.algorithm.head import logprobs
+from opd_jax.algorithm.objective import Targets
 from opd_jax.model import qwen3
 from opd_jax.stages import packing
 
@@ -177,8 +178,10 @@ def _build_forward(
             out |= logprobs(
                 hidden_mnd,
                 backend.shard(head_vd, ("vocab", None)),  # gathered once, not once per chunk
-                batch["token_mn"],
-                batch["candidates_mnk"] if "candidate_logp" in outputs else None,
+                Targets(
+                    token=batch["token_mn"],
+                    candidates_k=batch["candidates_mnk"] if "candidate_logp" in outputs else None,
+                ),
                 batch["count_m"],
                 num_top=num_top if outputs & {"top_ids", "top_logp"} else 0,
                 entropy="entropy" in outputs,

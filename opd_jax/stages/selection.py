@@ -87,14 +87,16 @@ class Stage:
         weight_bt, denominator, factor_b = weights.loss_weights(
             chosen.supervised_bt, chosen.weight_bt, usable_bt, self.objective, self.run.gather
         )
-        read_b = spans_b if spans_b and "spans" in self.selector.needs else [()] * len(usable_bt)
+        num_segments_b = np.zeros(len(usable_bt), np.int64)
+        if "spans" in self.selector.needs:
+            num_segments_b[:] = [len(spans) for spans in spans_b]
         return structs.Supervision(
             supervised_bt=chosen.supervised_bt,
             weight_bt=weight_bt,
             denominator=denominator,
             release_b=chosen.release_b,
             gain_b=chosen.gain_b,
-            num_segments_b=np.array([len(spans) for spans in read_b], np.int64),
+            num_segments_b=num_segments_b,
             rescale_b=factor_b,
             usable_bt=usable_bt,
             margin_bt=margin_bt,
@@ -113,13 +115,13 @@ class Stage:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _spans(self, rollout):
+    def _spans(self, rollout: structs.Rollout) -> tuple[Any, int]:
         """Spans of every row (None if nobody reads them), and chunks whose worker was lost."""
         if not self.reads_spans:
             return None, 0
         if self._pending is None:
             raise RuntimeError("selection.finish was called before selection.start of its rollout")
-        spans_b: list[Any] = [None] * len(rollout.tokens_bt)
+        spans_b: list = [None] * len(rollout.tokens_bt)
         failures = 0
         for chunk, future in self._pending:
             spans_c = None

@@ -44,7 +44,8 @@ def problem(seed=0):
     logits = hidden @ head[:V].T
     candidates = np.argsort(-logits, axis=-1)[..., :K].astype(np.int32)
     token = rng.integers(0, V, (M, N)).astype(np.int32)
-    said = logprobs(teacher_hidden, teacher_head, token, candidates, num_top=3, vocab_size=V)
+    asked = Targets(token=token, candidates_k=candidates)
+    said = logprobs(teacher_hidden, teacher_head, asked, num_top=3, vocab_size=V)
     weight = rng.random((M, N)).astype(np.float32)
     weight[2, 3] = 0.0
     targets = Targets(
@@ -132,7 +133,7 @@ def test_tokens_taken_as_the_cache_holds_them_change_nothing(kind, monkeypatch):
 
     def both(hidden):
         grads = loss(hidden, head, targets, COUNT, teacher_head)
-        return grads, said(hidden, head, targets.token, targets.candidates_k, COUNT)
+        return grads, said(hidden, head, targets, COUNT)
 
     def num_loops():
         fresh = jax.jit(lambda x: both(x))  # or the first program would be counted again
@@ -232,9 +233,7 @@ def test_bfloat16_operands_are_summed_in_float32():
 
 def test_logprobs_equal_the_loops_and_mask_padded_rows():
     hidden, head, _, targets = problem()
-    out = logprobs(
-        hidden, head, targets.token, targets.candidates_k, COUNT, num_top=3, chunk=5, vocab_size=V
-    )
+    out = logprobs(hidden, head, targets, COUNT, num_top=3, chunk=5, vocab_size=V)
     for m in range(M):
         for n in range(N):
             if n >= COUNT[m]:
@@ -256,8 +255,8 @@ def test_logprobs_keep_nan_in_its_slot():
     bad = hidden.copy()
     bad[0, 1, 3] = np.nan
     run = functools.partial(logprobs, vocab_size=V, chunk=6)
-    out = run(bad, head, targets.token, targets.candidates_k, COUNT)
-    clean = run(hidden, head, targets.token, targets.candidates_k, COUNT)
+    out = run(bad, head, targets, COUNT)
+    clean = run(hidden, head, targets, COUNT)
     assert np.isnan(out["logp"][0, 1])
     touched = np.zeros((M, N), bool)
     touched[0, 1] = True

@@ -35,6 +35,12 @@ def batch():
     return valid, inputs
 
 
+def per_token(**x):
+    names = ("margin", "student_entropy", "teacher_entropy")
+    measured = {name: x.pop(f"{name}_bt") for name in names if f"{name}_bt" in x}
+    return profiles.per_token(measured=measured, **x)
+
+
 def expected_value(name, x, b, t):
     advantage = x["teacher_logp_bt"][b, t] - x["sampler_logp_bt"][b, t]
     teacher, student = list(x["teacher_logp_btk"][b, t]), list(x["candidate_logp_btk"][b, t])
@@ -66,20 +72,20 @@ def check(table, place, size, x, valid):
 
 def test_by_relative_position():
     valid, x = batch()
-    table = profiles.by_position(profiles.per_token(**x), valid)
+    table = profiles.by_position(per_token(**x), valid)
     check(table, lambda b, t: int(20 * t / LENGTH[b]), 20, x, valid)
 
 
 def test_by_sentence_and_the_last_entry_takes_the_rest():
     valid, x = batch()
     spans = [[(i, i + 5) for i in range(0, 50, 5)], [(0, 7)], []]
-    table = profiles.by_sentence(profiles.per_token(**x), spans, valid, num_sentences=4)
+    table = profiles.by_sentence(per_token(**x), spans, valid, num_sentences=4)
     check(table, lambda b, t: min(t // 5, 3) if b == 0 else 0, 4, x, valid)
 
 
 def test_what_is_not_there_is_left_out():
     valid, x = batch()
-    found = profiles.per_token(
+    found = per_token(
         usable_bt=x["usable_bt"], supervised_bt=x["supervised_bt"], margin_bt=x["margin_bt"]
     )
     assert set(found) == {"margin"}
@@ -89,12 +95,10 @@ def test_what_is_not_there_is_left_out():
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3)])
 def test_sums_of_parts_add_up(rows):
     valid, x = batch()
-    whole = profiles.by_position(profiles.per_token(**x), valid)
+    whole = profiles.by_position(per_token(**x), valid)
     part = {k: v[rows] for k, v in x.items()}
     rest = {k: np.delete(v, np.arange(B)[rows], axis=0) for k, v in x.items()}
-    a = profiles.by_position(profiles.per_token(**part), valid[rows])
-    b = profiles.by_position(
-        profiles.per_token(**rest), np.delete(valid, np.arange(B)[rows], axis=0)
-    )
+    a = profiles.by_position(per_token(**part), valid[rows])
+    b = profiles.by_position(per_token(**rest), np.delete(valid, np.arange(B)[rows], axis=0))
     for key, value in whole.items():
         np.testing.assert_allclose(value, a[key] + b[key], atol=1e-12)
