@@ -100,7 +100,7 @@ def equal(given: str, answer: str, algebra: Algebra) -> bool:
 
 
 def _equal(given: str, answer: str, algebra: Algebra, depth: int) -> bool:
-    if _tight(given) == _tight(answer):
+    if _tight(_unwrapped(given)) == _tight(_unwrapped(answer)):
         return True
     for rule in (_same_choice, _same_words, _same_letters, _same_time):
         if (same := rule(given, answer)) is not None:
@@ -278,10 +278,13 @@ def _same_parts(given: str, answer: str, algebra: Algebra, depth: int) -> bool |
 
 
 _E_NOTATION = re.compile(
-    rf"(?<![\w.])(\d+\.?\d*|\.\d+)(?:[eE]|\s*{TEXT}\{{\s*[eE]\s*\}}\s*)\{{?([+-]?\d{{1,4}})\}}?(?![\d.^])"
+    rf"(?<![\w.])(\d+\.?\d*|\.\d+)(?:[eE]|\s*{TEXT}\{{\s*[eE]\s*\}}\s*)"
+    r"(?:\{([+-]?\d{1,4})\}|([+-]?\d{1,4}))(?![\d.^])"
 )
 
 
 def _powers(text: str) -> str:
     """4.5e33 as a power of ten: algebra reads e as Euler's number."""
-    return _E_NOTATION.sub(lambda found: f"{found[1]} \\cdot 10^{{{int(found[2])}}}", text)
+    return _E_NOTATION.sub(
+        lambda found: f"{found[1]} \\cdot 10^{{{int(found[2] or found[3])}}}", text
+    )

@@ -41,7 +41,7 @@ _GROUPED = r"\d{1,3}(?:(?:\{,\}|,|\s)\d{3})+(?!\d)"
 _DECIMAL = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)(?:\\overline\s*\{{\d+\}})?"
 _POWER = r"\{?10\}?\s*(?:\^|\*\*)\s*(?:\{\s*(?P<p1>[+-]?\s*\d+)\s*\}|\(?(?P<p2>[+-]?\d+)\)?)"
 _E = rf"(?:[eE]|\s+[eE](?=\+?\d)|\s+E(?=-)|\s*{TEXT}\s*\{{\s*[eE]\s*\}}\s*)"
-_E += r"\{?(?P<p3>[+-]?\d+)\}?(?![\d.]*[A-DF-Za-df-z^])"
+_E += r"(?:\{(?P<p3>[+-]?\d+)\}|(?P<p6>[+-]?\d+))(?![\d.]*[A-DF-Za-df-z^])"
 _NUMBER = re.compile(
     rf"""(?P<sign>(?:\{{[+-]\}}|[+-])?)\s*
     (?:
@@ -53,7 +53,7 @@ _NUMBER = re.compile(
         | (?P<decimal>{_DECIMAL}) (?:{_E})?
       )
       (?:\s*(?:\\times|\\cdot|\\ast|\*|[xX]|(?<=\s)|(?=[({{]))\s*
-         (?:\(\s*(?=[^()]*\)))?{_POWER}\s*\)?)?
+         (?:\(\s*(?=[^()]*\)))?{_POWER}(?:\s*\))?)?
     )""",
     re.VERBOSE,
 )
@@ -69,7 +69,7 @@ def read_number(text: str) -> tuple[Number, str] | None:
     if mantissa is None:
         return None
     sign = -1 if "-" in part["sign"] else 1
-    powers = [part[name] for name in ("p1", "p2", "p3", "p4", "p5") if part[name]]
+    powers = [part[name] for name in ("p1", "p2", "p3", "p4", "p5", "p6") if part[name]]
     exponent = sum(int(power.replace(" ", "")) for power in powers)
     above, below, shift, digits = mantissa
     if powers and not digits:  # 3e5: as exact as 3 * 10^5; 10^{-3} is a decimal as 0.001 is

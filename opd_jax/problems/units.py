@@ -47,17 +47,15 @@ _UNIT_TOKEN = re.compile(
     r"(?P<mark>\x00)|(?P<word>[^\W\d_]+(?:[-'][^\W\d_]+)*|\\?[%$€£¥₹¢]|°)\.?(?P<direct>[23](?!\d))?"
     r"|\^\s*\{?\s*(?P<power>[+-]?\d+)\s*\}?|(?P<other>[/()])|\s+|\.|\\(?:cdot|times)(?![a-z])|\*"
 )
-_FRACTION_OF_UNITS = re.compile(
-    rf"\\frac\s*\{{((?:{TEXT}\s*\{{[^{{}}]*\}}|[\s\\a-z^{{}}\d])*)\}}\s*"
-    rf"\{{((?:{TEXT}\s*\{{[^{{}}]*\}}|[\s\\a-z^{{}}\d])*)\}}$"
-)
+_ARGUMENT = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+_FRACTION = re.compile(rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _NOT_INCH = re.compile(r"\W*(?:total|all|the|this|each|a)\b")
 Unit = dict[str, int]  # {"m": 1, "s": -2}; {} = none
 
 
 def _plain_unit(text: str) -> str:
     r"""\text{} unwrapped; each word that was outside of one is marked by NUL before it."""
-    if found := _FRACTION_OF_UNITS.match(text.strip()):
+    if found := _FRACTION.fullmatch(text.strip()):
         text = f"{found[1]} / ({found[2]})"
     text = text.replace("^\\circ", " ° ").replace("\\circ", " ° ").replace("\\$", "$")
     text = re.sub(r"\\AA(?![a-z])", "Å", re.sub(r"\\Omega(?![a-z])", "Ω", text))
@@ -66,7 +64,8 @@ def _plain_unit(text: str) -> str:
     text = re.sub(rf"{TEXT}\s*\{{\s*([kMGm])\s*\}}\s*Ω", r"\1Ω", text)
     out, end = [], 0
     for found in WRAPPED.finditer(text):
-        out += [_marked(text[end : found.start()]), f" {found[1]}" if found[1].strip() else " "]
+        inner = _FRACTION.sub(r" \1 / (\2)", found[1])
+        out += [_marked(text[end : found.start()]), f" {inner}" if inner.strip() else " "]
         end = found.end()
     return "".join([*out, _marked(text[end:])]).replace("{", " ").replace("}", " ")
 
