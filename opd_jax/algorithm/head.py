@@ -44,7 +44,8 @@ def head_loss_and_grads(
       targets_mn: `Targets` with leading dims [M, N]. A position of weight 0 or n >= count_m
         contributes exactly nothing, whatever it holds.
       count_m: int32[M], used positions of each row; they come first.
-      teacher_head_vd: [V', D'], beside the targets' teacher_hidden_d: full-vocabulary divergences.
+      teacher_head_vd: [V'', D'], beside the targets' teacher_hidden_d: full-vocabulary divergences.
+        It may have more or fewer padded rows than the student's.
       chunk: tokens (M times positions) per pass over the head. Temporary memory grows with it, and
         so does speed, as every pass reads both heads and adds to d_head.
       vocab_size: true vocabulary size where the heads have more rows. None = all rows are real.
@@ -64,6 +65,7 @@ def head_loss_and_grads(
     if objective.is_divergence and objective.support == "full":
         check_targets(objective, targets_mn, targets_mn.teacher_hidden_d)
         assert teacher_head_vd is not None, "it comes beside the targets' teacher_hidden_d"
+        _check_rows(head_vd.shape[0], teacher_head_vd.shape[0], vocab_size)
         teacher_vd = teacher_head_vd.astype(targets_mn.teacher_hidden_d.dtype)
     else:
         targets_mn = dataclasses.replace(targets_mn, teacher_hidden_d=None)
@@ -79,6 +81,7 @@ def head_loss_and_grads(
         teacher_msv = None
         if teacher_vd is not None:
             teacher_msv = _logits(targets_ms.teacher_hidden_d, teacher_vd, vocab_size)
+            teacher_msv = _with_columns(teacher_msv, head_vd.shape[0])
         d_logits_msv = _loss_and_d_logits(
             objective, logits_msv, targets_ms, teacher_msv, use_ms, sums
         ).astype(dtype)
@@ -190,6 +193,23 @@ def _logits(hidden_msd: jax.Array, head_vd: jax.Array, vocab_size: int | None) -
     if vocab_size is None or vocab_size == head_vd.shape[0]:
         return logits_msv
     return jnp.where(jnp.arange(head_vd.shape[0]) < vocab_size, logits_msv, MASKED)
+
+
+def _check_rows(student: int, teacher: int, vocab_size: int | None) -> None:
+    """Raises unless heads of so many rows speak of the same tokens."""
+    if student != teacher and (vocab_size is None or min(student, teacher) < vocab_size):
+        raise ValueError(
+            f"the student's head has {student} rows and the teacher's {teacher}, of which "
+            f"{vocab_size or 'all'} must stand for tokens: a divergence over the whole vocabulary "
+            "needs both. Use models of one tokenizer, or set --config.objective.kind=sampled_pg"
+        )
+
+
+def _with_columns(logits_msv: jax.Array, columns: int) -> jax.Array:
+    """The same logits with so many columns: masked ones are added or cut off."""
+    more = max(0, columns - logits_msv.shape[-1])
+    padded = jnp.pad(logits_msv, [(0, 0), (0, 0), (0, more)], constant_values=MASKED)
+    return padded[..., :columns]
 
 
 def _clean(
