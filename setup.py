@@ -11,6 +11,7 @@ INSTALL = [
     "transformers>=5.0,<6",  # tokenizers and chat templates (never model code: no torch needed)
     "jinja2>=3.1",  # chat templates; transformers uses it and does not say so
     "huggingface_hub>=1.0,<3",  # fetches models by hub id; transformers brings it anyway
+    "filelock>=4.3,<5",  # one run per workdir; huggingface_hub brings it anyway
     "safetensors>=0.5,<1",  # the weight format; the only one we read
     "nltk>=3.9.1,<4",  # Punkt sentences; 3.9.1 is the first without pickled models
     "ml_collections>=1.0,<2",  # configs that flags can override

@@ -66,8 +66,8 @@ def get_config() -> mlc.ConfigDict:
         max_tokens=0,  # longer segments are split; 0 = off
         num_workers=1,  # processes that segment while the teacher scores; 0 = in line
     )
-    # What is supervised (opd_jax/algorithm/selectors.py). A kind reads the knobs it knows.
-    # What each kind is: docs/selectors.md.
+    # What is supervised (opd_jax/algorithm/selectors.py). A key that the kind does not read keeps
+    # its default, or is refused. The README's table says what each kind is.
     c.selector = dict(
         kind="bic",  # bic | full | fixed_prefix | fixed_fraction | suffix_only | shuffled_bic | ...
         # bic and its controls; the defaults are the paper's, or our reading where it is silent
@@ -79,7 +79,7 @@ def get_config() -> mlc.ConfigDict:
         min_gain=0.0,  # nats of BIC that a release must gain
         min_drop=0.0,  # of the mean score, from before to after
         min_segments=2,  # rows with fewer are not released
-        drop_inside_search=True,  # False: the drop is asked only of the best change point
+        drop_inside_search=True,  # False: find the best change of either sign, reject a rise
         penalty_none=1.0,  # parameters of "no change", times log(segments)
         penalty_change=3.0,  # parameters of "one change", times log(segments)
         robust=False,  # winsorised and median-filtered scores, 6 segments and 3 per side at least
@@ -97,7 +97,8 @@ def get_config() -> mlc.ConfigDict:
         grow_steps=0,  # growing_prefix: steps from start to end; 0 = num_steps
         gamma=0.5,  # iw_opd: how much more the first token weighs than the last
     )
-    # The loss on supervised tokens (opd_jax/algorithm/head.py).
+    # The loss on supervised tokens (opd_jax/algorithm/objective.py); a key that the kind does not
+    # read keeps its default, or is refused.
     c.objective = dict(
         kind="sampled_pg",  # sampled_pg (the paper) | reverse_kl | forward_kl | jsd | cross_entropy
         support="full",  # of the divergences: full | student_k | teacher_k | union

@@ -5,10 +5,10 @@
   python -m launch.study --workdir=runs/study            # tables; also in the report
   python -m launch.report --workdir=runs/study
 
-Every arm starts from the same student and, per seed, sees the same prompts and at its first update
+Every arm starts from the same student. Per seed it sees the same prompts and, at its first update,
 the same rollouts; `launch.study` checks their hash. One run per arm and seed serves the comparisons
-at equal updates, equal supervised tokens and equal seconds. What is compared was fixed before the
-first run: learning rate and length are those of quickstart.py, found with full OPD alone.
+at equal updates, equal supervised tokens and equal seconds. The comparisons were fixed before the
+first run: learning rate and length are those of quickstart.py, chosen with full OPD alone.
 
 `--config=configs/study.py:more` runs the arms of MORE into the same workdir. `:collapse` runs the
 core arms on the pair that was built to collapse (configs/tiny.py), in a workdir of its own; another

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains, or goes on with the run that the workdir holds.
+"""Trains, or resumes the run in the workdir.
 
   python -m launch --config=configs/quickstart.py --workdir=runs/quickstart
   python -m launch --config=configs/paper.py:1.7b --workdir=gs://BUCKET/run --config.seed=1
 
 Exit codes: 0 finished, 1 an error (the message says what to set), 75 preempted: checkpointed, run
-the same command again, 76 ended by a second SIGTERM.
+the same command again, 76 ended at once by a second signal. SIGTERM and Ctrl-C do the same.
 """
 
 import sys
@@ -21,9 +21,7 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     launcher.initialize(WORKDIR.value)
     from opd_jax import train
     from opd_jax.workdir import checkpoint, preemption
@@ -34,7 +32,7 @@ def main(argv: list[str]) -> None:
         status = 0
     except preemption.Preempted:
         print(
-            f"preempted: checkpointed under {WORKDIR.value}; the same command goes on from there",
+            f"preempted after a checkpoint under {WORKDIR.value}; the same command resumes there",
             file=sys.stderr,
         )
         status = preemption.EXIT_PREEMPTED
@@ -46,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def _advised(error: Exception) -> str:
-    """What was raised, and what to do; our own texts say it, the system's do not."""
+    """The error's message, with what to do where it comes from the operating system."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     return (

@@ -11,8 +11,8 @@ A launcher:
     if __name__ == "__main__":
         config_flags.run(main)
 
-ml_collections parses the flags; this module looks at them first, so that a wrong file, variant, key
-or value is refused with the flag and a value that works. Without a command line:
+ml_collections parses the flags; this module checks them first, so that a wrong file, variant, key
+or value is refused with a flag and a value that work. Without a command line:
 
     config = config_flags.load("configs/quickstart.py:tiny")
     config = config_flags.apply_overrides(config, {"selector.kind": "full", "seed": 3})
@@ -23,8 +23,10 @@ Each raises ConfigError (a ValueError).
 """
 
 import difflib
+import functools
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import shlex
@@ -36,6 +38,9 @@ from typing import Any
 import ml_collections as mlc
 from absl import app, flags
 from ml_collections import config_flags as mlc_flags
+
+from opd_jax.settings import flatten
+from opd_jax.workdir import preemption
 
 flags.disclaim_key_flags()  # --config belongs to the launcher that calls define(): --help shows it
 
@@ -77,14 +82,28 @@ def define(
     return holder
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown."""
-    app.run(main, flags_parser=_parse_or_exit)
+def run(main: Callable[[list[str]], Any], takes_arguments: bool = False) -> None:
+    """absl's app.run; bad flags end with one message and status 1, libraries' INFO is not shown.
+
+    Ctrl-C ends the command with one line and status 75.
+
+    Args:
+      takes_arguments: whether arguments that are no flags, or follow `--`, go to `main`; otherwise
+        they are refused.
+    """
+    parser = functools.partial(_parse_or_exit, takes_arguments=takes_arguments)
+    with preemption.stoppable():
+        app.run(main, flags_parser=parser)
 
 
-def _parse_or_exit(argv: list[str]) -> list[str]:
+def _parse_or_exit(argv: list[str], takes_arguments: bool) -> list[str]:
     try:
         left = parse(argv)
+        if len(left) > 1 and not takes_arguments:
+            raise ConfigError(
+                f"{shlex.join(left[1:])} is no flag: flags are written --NAME=VALUE, in quotes "
+                "where the value holds spaces"
+            )
     except flags.Error as error:
         sys.exit(f"ERROR: {error}\nSee --help for the flags.")
     # absl would go on to show every library's INFO lines; --verbosity=0 still does.
@@ -113,6 +132,7 @@ def parse(
       ConfigError: a config file, variant, key or value that cannot be used.
       flags.Error: any other flag that cannot be used.
     """
+    argv = expand_home(argv)
     path, keys = _config_arguments(argv)
     if path is None:
         if keys:
@@ -130,6 +150,16 @@ def parse(
         return flag_values(argv, known_only=known_only)
     except flags.IllegalFlagValueError as error:
         raise _wrong_value(config, error) from None
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """--FLAG=~/DIR with the home directory in place of ~, which a shell leaves after a "="."""
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is another command's
+    home = re.compile(r"(--?[^=]+=)(~.*)", re.DOTALL)
+    return [
+        match[1] + os.path.expanduser(match[2]) if i < end and (match := home.fullmatch(x)) else x
+        for i, x in enumerate(argv)
+    ]
 
 
 def load(path: str) -> mlc.ConfigDict:
@@ -186,6 +216,12 @@ def as_flags(overrides: Mapping[str, Any]) -> list[str]:
     return [f"--config.{key}={as_text(value)}" for key, value in overrides.items()]
 
 
+def as_line(overrides: Mapping[str, Any]) -> str:
+    """The same as one line for a shell, quoted where it needs that."""
+    quoted = {key: shlex.quote(as_text(value)) for key, value in overrides.items()}
+    return " ".join(f"--config.{key}={text}" for key, text in quoted.items())
+
+
 def as_text(value: Any) -> str:
     """What a flag takes for this value; apply_overrides gives the same value back."""
     if isinstance(value, bool):
@@ -208,15 +244,6 @@ def check_key(config: mlc.ConfigDict, key: str) -> None:
         )
 
 
-def flatten(config: mlc.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of every value in a config."""
-    flat = {}
-    for name, value in config.items():
-        is_section = isinstance(value, mlc.ConfigDict)
-        flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
-    return flat
-
-
 def _nearest(key: str, names: Mapping[str, Any]) -> str:
     """What to write instead of an unknown key: a section's keys, or the nearest ones."""
     inside = [name for name in names if name.startswith(key + ".")]
@@ -228,7 +255,7 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
     guesses = list(dict.fromkeys(same_end + close))[:3]
     if not guesses:
         return "see configs/base.py for every key"
-    example = f"--config.{guesses[0]}={as_text(names[guesses[0]])}"
+    example = as_line({guesses[0]: names[guesses[0]]})
     return f"did you mean {' or '.join(guesses)}? For example {example}"
 
 
@@ -239,10 +266,9 @@ def _wrong_value(config: mlc.ConfigDict, error: flags.IllegalFlagValueError) -> 
         return error
     key, given = match.groups()
     value = flatten(config)[key]
-    text = as_text(value)
-    example = f"--config.{key}={shlex.quote(text)}"
     return ConfigError(
-        f"--config.{key}={given} must be {_WANTED[type(value)]}, as in the config file: {example}"
+        f"--config.{key}={given} must be {_WANTED[type(value)]}, as in the config file: "
+        f"{as_line({key: value})}"
     )
 
 

@@ -18,10 +18,10 @@ import sys
 import numpy as np
 from absl import flags
 
-from launch import config_flags, launcher
+from launch import columns, config_flags, launcher
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
 PAPER = ("the paper, Qwen3-1.7B", "", "", "", "79 %", "24.0", "13 %", "", "", "")
-STRONG = 6.0  # nats of BIC gain the paper calls significant
 SIDES = (1, 3)  # least segments on either side of a change: the paper's letter, and our advice
 
 
@@ -32,9 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_batches", 8, "batches of config.data.batch_size prompts", 1)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     values = flags.FLAGS
     launcher.initialize(values.workdir)
     import jax
@@ -44,7 +42,8 @@ def main(argv: list[str]) -> None:
     try:
         found = diagnose(values.config, values.workdir, values.num_batches)
     except preemption.Preempted:
-        sys.exit("stopped; nothing of a diagnosis is kept, run it again")
+        print("stopped: nothing of a diagnosis is kept, run it again", file=sys.stderr)
+        sys.exit(preemption.EXIT_PREEMPTED)
     except (ValueError, OSError) as error:
         launcher.fail(f"ERROR: {error}")
     if jax.process_index() == 0:
@@ -70,11 +69,12 @@ def diagnose(config, workdir: str, num_batches: int) -> dict:
     config = config.copy_and_resolve_references()
     config.evaluate.teacher = True  # its sampler answers the control's prompts
     config.log.signals_every_steps = 1  # spans and every signal are wanted
-    with owner.hold(workdir), build.build(config, workdir) as job:
-        cursor = job.prompts.state()
-        student = measure(job, job.evaluator.sampler, job.start.state.params, num_batches)
-        job.prompts.restore(cursor)
-        teacher = measure(job, job.teacher_evaluator.sampler, job.teacher_params, num_batches)
+    with owner.hold(workdir), build.build(config, workdir) as run:
+        cursor, sampler = run.prompts.state(), run.suite.evaluator.sampler
+        student = measure(run, sampler, run.start.state.params, num_batches)
+        run.prompts.restore(cursor)
+        sampler = run.teacher_suite.evaluator.sampler
+        teacher = measure(run, sampler, run.stages.frozen.teacher, num_batches)
     tables, profiles = zip(student, teacher, strict=True)
     return {"groups": groups(*tables), "profiles": merge(*profiles)}
 
@@ -82,7 +82,7 @@ def diagnose(config, workdir: str, num_batches: int) -> dict:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(job, sampler, params, num_batches: int) -> tuple[dict, dict]:
+def measure(run, sampler, params, num_batches: int) -> tuple[dict, dict]:
     """Figures per rollout (name -> [N]) and signals by position, of answers to the next prompts."""
     import jax
     import tqdm
@@ -91,19 +91,18 @@ def measure(job, sampler, params, num_batches: int) -> tuple[dict, dict]:
 
     tables, profiles = [], []
     for batch in tqdm.trange(num_batches, disable=jax.process_index() != 0):
-        prompts = next(job.prompts)
-        key = jax.random.fold_in(job.key, batch)
-        rolled = sampler.run(params, prompts, key, between=job.guard.check)[0]
-        job.selection.start(rolled)
-        scores = job.score(job.teacher_params, rolled, job.reference_params)
-        chosen = job.selection.finish(rolled, scores, 0)
-        correct_b = job.correct(prompts, rolled)
-        table = rollout_figures(chosen.margin_bt, chosen.usable_bt, chosen.spans_b, rolled.valid_bt)
-        table |= {"correct": correct_b.astype(float), "truncated": ~rolled.finished_b}
+        key = jax.random.fold_in(run.key, batch)
+        taken = run.stages.observe(
+            params, next(run.prompts), key, 0, check=run.guard.check, sampler=sampler
+        )
+        chosen, valid_bt = taken.supervision, taken.rollout.valid_bt
+        correct_b = run.recorder.correct(taken.prompts, taken.rollout)
+        table = rollout_figures(chosen.margin_bt, chosen.usable_bt, chosen.spans_b, valid_bt)
+        table |= {"correct": correct_b.astype(float), "truncated": ~taken.rollout.finished_b}
         rows = np.stack([np.asarray(v, float) for v in table.values()], axis=1)
-        rows = parallel.gather_rows(job.mesh, rows)
+        rows = parallel.gather_rows(run.stages.mesh, rows)
         tables.append(dict(zip(table, rows.T, strict=True)))
-        profiles.append(position_sums(job, rolled, scores, chosen, correct_b))
+        profiles.append(position_sums(run.stages.mesh, taken, correct_b))
     table = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
     return table, jax.tree.map(lambda *parts: sum(parts), *profiles)
 
@@ -135,19 +134,19 @@ def rollout_figures(margin_bt, usable_bt, spans_b, valid_bt) -> dict[str, np.nda
     return out
 
 
-def position_sums(job, rolled, scores, chosen, correct_b) -> dict[str, dict]:
+def position_sums(mesh, taken, correct_b) -> dict[str, dict]:
     """Sums and counts by relative position, of all rollouts and of the correct ones."""
-    from opd_jax import parallel
+    from opd_jax import parallel, recorder
     from opd_jax.algorithm import profiles
 
-    found = job.token_signals(rolled, scores, chosen)
+    found = recorder.token_signals(taken)
     wanted = ("margin", "advantage_variance", "abs_advantage", "student_entropy")
     found = {name: found[name] for name in wanted if name in found}
     out = {}
     for name, keep_b in (("all", np.ones_like(correct_b)), ("correct", correct_b)):
         kept = {k: (value, where & keep_b[:, None]) for k, (value, where) in found.items()}
-        sums = profiles.by_position(kept, rolled.valid_bt)
-        out[name] = {k: parallel.sum_over_feeds(job.mesh, v) for k, v in sums.items()}
+        sums = profiles.by_position(kept, taken.rollout.valid_bt)
+        out[name] = {k: parallel.sum_over_feeds(mesh, v) for k, v in sums.items()}
     return out
 
 
@@ -176,7 +175,7 @@ def figures(table: dict, where=slice(None), kind: str = "") -> dict:
     for side in SIDES:
         gain, position = (table[f"{kind}{name}_{side}"][where] for name in ("gain", "position"))
         finite = np.isfinite(gain)
-        out[f"above_6_min_side_{side}"] = _mean(gain > STRONG)
+        out[f"above_6_min_side_{side}"] = _mean(gain > STRONG_GAIN)
         out[f"gain_mean_min_side_{side}"] = _mean(gain[finite])
         released = position[np.isfinite(position)]
         out[f"released_min_side_{side}"] = _mean(np.isfinite(position))
@@ -242,15 +241,7 @@ def _percent(share: float | None) -> str:
 
 def as_text(found: dict) -> str:
     head, rows = table(found)
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    )
-    return "\n".join(lines)
+    return columns.align([head, *rows])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one command line to the processes of a run, and from each process to its place among them.
+"""Starts or joins the processes of a run.
 
 A launcher calls `define()` beside its own flags, `initialize(workdir)` before it uses a device, and
-`fail(message)` where one process ends on an error.
+`fail(message)` to end one process on an error.
 
-`initialize` joins this process to the others: TPU pods and GKE name themselves, Slurm does so in
-the environment, anything else by --coordinator, --num_processes and --process_id. What is half set
-is refused: a run that silently became N runs of one host would write N times to one workdir.
+`initialize` joins this process to the others. TPU pods and GKE describe themselves, Slurm does so
+in the environment, and any other host needs --coordinator, --num_processes and --process_id. An
+incomplete description is refused: N runs of one host each would write to the same workdir.
 
-`--launcher=local:2` starts two such processes on this machine, with fake CPU devices and gloo
-collectives: the multi-host code of a pod, to test and to understand.
+`--launcher=local:2` starts two processes on this machine, with fake CPU devices and gloo
+collectives, to test the multi-host code of a pod.
 """
 
 import functools
@@ -58,13 +58,15 @@ def define() -> None:
         "devices_per_process", 4, "fake CPU devices of each process of --launcher=local:N", 1
     )
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for hosts started by hand")
-    flags.DEFINE_integer("num_processes", 0, "of the run; 1 = this host alone, 0 = ask the host", 0)
-    flags.DEFINE_integer("process_id", -1, "which of the processes this is, from 0", -1)
+    flags.DEFINE_integer(
+        "num_processes", 0, "of the run; 1 = this host alone, 0 = as the host says", 0
+    )
+    flags.DEFINE_integer("process_id", -1, "index of this process, from 0", -1)
     flags.DEFINE_string(
         "compile_cache",
         "~/.cache/opd_jax/compiled",
-        "compiled programs are kept here for the next run, local or gs://; '' = nowhere. "
-        "JAX_COMPILATION_CACHE_DIR comes first",
+        "keeps compiled programs for the next run, local or gs://; '' = off. The variable "
+        "JAX_COMPILATION_CACHE_DIR takes precedence",
     )
 
 
@@ -139,7 +141,7 @@ def place(
 
 
 def _by_flags(coordinator: str, num_processes: int, process_id: int) -> dict:
-    """The explicit place of a process, all of it or an error."""
+    """Arguments from the flags, which must all be set."""
     is_set = {
         "--coordinator=HOST:PORT": bool(coordinator),
         f"--num_processes={num_processes or 2}": num_processes > 0,
@@ -147,7 +149,7 @@ def _by_flags(coordinator: str, num_processes: int, process_id: int) -> dict:
     }
     if missing := [flag for flag in is_set if not is_set[flag]]:
         raise SystemExit(
-            f"ERROR: the place of this process is half set: {' and '.join(missing)} missing. Set "
+            f"ERROR: this process is not described in full: {' and '.join(missing)} missing. Set "
             "all of --coordinator, --num_processes and --process_id, or none of them."
         )
     host, _, port = coordinator.rpartition(":")
@@ -215,10 +217,10 @@ def run_local(num_processes: int, devices_per_process: int, workdir: str) -> int
     logs = _log_paths(workdir, num_processes)
     processes = []
     for index, log in enumerate(logs):
-        place = [f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
+        run = [f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
         with open(log, "ab") if log else open(os.dup(1), "wb") as output:
             process = subprocess.Popen(
-                [*command, "--launcher=", *place, f"--process_id={index}"],
+                [*command, "--launcher=", *run, f"--process_id={index}"],
                 env=environment,
                 stdin=subprocess.PIPE,  # held open: its end tells a process that we are gone
                 stdout=output,
@@ -262,9 +264,9 @@ def _put_when_ended(process: subprocess.Popen, ended: queue.SimpleQueue) -> None
 
 
 def _explain(statuses: list[int], logs: list[pathlib.Path | None]) -> str:
-    """What to tell the user of processes that ended with these statuses.
+    """The error message for processes that ended with these statuses.
 
-    Which came first is not known: one that is killed may need longer to go than its partners need
+    Which failed first is not known: a killed process may take longer to end than its partners take
     to notice.
     """
     lines = []

@@ -9,9 +9,9 @@
       -- --config=... --workdir=/shared/run
 
 What follows `--` are the flags of `python -m launch`. The commands are printed; --run executes
-them. A slice that exists is used again, a run that is there is asked to stop (it checkpoints) and
-goes on with this commit. Nothing secret is in a command: workers use the cloud's service accounts,
-and HF_TOKEN where it is set in their own environment.
+them. An existing slice is reused; a run on it is stopped (it checkpoints) and resumes with this
+commit. No command holds a secret: workers use the cloud's service accounts, and HF_TOKEN where it
+is set in their environment.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ REQUIRED = {
     ),
     "slurm": dict(nodes="4", gpus_per_node="8"),
 }
-STOP_SECONDS = 120  # a run has so long to checkpoint when its machine is taken away
+STOP_SECONDS = 120  # for a run to checkpoint when its machine is preempted
 
 # Values no one may write into a command: Hugging Face, Google and GitHub keys, private keys.
 _SECRET = re.compile(
@@ -93,7 +93,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a host, one process each", 0)
     flags.DEFINE_string("partition", "", "slurm: partition")
     flags.DEFINE_string("time", "", "slurm: limit, as 24:00:00")
-    flags.DEFINE_bool("spot", False, "capacity that may be taken away; the run goes on later")
+    flags.DEFINE_bool("spot", False, "capacity that may be preempted; the run resumes later")
     flags.DEFINE_string("commit", "HEAD", "what to install")
     flags.DEFINE_string("module", "launch", "what to run: launch, launch.evaluate, ...")
     flags.DEFINE_bool("run", False, "execute the commands, do not only print them")
@@ -334,4 +334,4 @@ def resolve_commit(name: str) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    config_flags.run(main)
+    config_flags.run(main, takes_arguments=True)

@@ -7,7 +7,7 @@ layers and Adam on the rest. `slip` and `rough` of the config say whether these 
 solutions (opd_jax.problems.task.Style). Writes a Hugging Face directory (tokenizer included) and
 prints the accuracy per family on held-out problems, sampled at temperature 1.
 
-Left out: checkpoints on the way. A run that is cut off starts again; it takes minutes.
+Left out: checkpoints during training. An interrupted run starts again; it takes minutes.
 """
 
 import functools
@@ -122,9 +122,8 @@ def accuracy(model, params, tokenizer, num_per_family: int, seed: int) -> dict[s
     examples = task.make_many(families, "heldout", seed, num_per_family * len(families))
     sampler = rollout.build(
         model,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        response_len=RESPONSE_LEN,
+        rollout.Settings(response_len=RESPONSE_LEN),
+        tokenizer.vocabulary,
         mesh=parallel.build_mesh({"data": 1}.items(), jax.devices()[:1]),
     )
     with verify.Verifier() as verifier:

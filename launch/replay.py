@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a batch again whose update was not finite, and names what is not finite.
+"""Repeats the update of a batch that was not finite, and names what is not finite.
 
 python -m launch.replay --fault=runs/quickstart/faults/step_000012
 """
@@ -10,9 +10,10 @@ import tempfile
 import jax
 import ml_collections as mlc
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from launch import config_flags
 from opd_jax import build
 from opd_jax.workdir import checkpoint, faults, records
 
@@ -22,7 +23,7 @@ def define_flags() -> None:
 
 
 def nonfinite(name: str, tree) -> list[str]:
-    """A line for each floating array of `tree` that holds NaN or infinity."""
+    """One line per floating array of `tree` that holds NaN or infinity."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         x = np.asarray(leaf)
@@ -36,19 +37,20 @@ def nonfinite(name: str, tree) -> list[str]:
 
 
 def replay(fault: str) -> str:
-    """Scores nothing again: the stored batch is updated on once more. Returns the findings."""
-    place = epath.Path(fault)
-    rolled, scores, weight_bt, denominator = faults.read(place)
+    """Repeats the update on the stored batch, with its stored scores. Returns the findings."""
+    folder = epath.Path(fault)
+    rolled, scores, weight_bt, denominator = faults.read(folder)
     lines = nonfinite("rollout", dataclasses.asdict(rolled))
     lines += nonfinite("scores", {k: v for k, v in vars(scores).items() if v is not None})
     lines += nonfinite("weight", weight_bt)
-    config = mlc.ConfigDict(records.read_json(place.parent.parent, "config.json"))
-    with tempfile.TemporaryDirectory() as scratch, build.build(config, scratch) as job:
-        shapes = build.state_shapes(job.update, job.student_config, config.student.param_dtype)
-        restored = checkpoint.Checkpoints(str(place / "checkpoints")).restore(shapes)
+    config = mlc.ConfigDict(records.read_json(folder.parent.parent, "config.json"))
+    with tempfile.TemporaryDirectory() as scratch, build.build(config, scratch) as run:
+        update = run.stages.update
+        shapes = build.state_shapes(update, run.student)
+        restored = checkpoint.Checkpoints(str(folder / "checkpoints")).restore(shapes)
         lines += nonfinite("params", restored.state.params)
         batch = rolled, scores, weight_bt, denominator
-        _, sums = job.update(restored.state, *batch, job.teacher_head_vd)
+        _, sums = update(restored.state, *batch, run.stages.frozen.teacher_head_vd)
         for name, (total, count) in sorted(jax.device_get(sums).items()):
             lines.append(f"{name:<28}{float(total) / max(float(count), 1):>14.6g}")
     return "\n".join(lines)
@@ -60,4 +62,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    config_flags.run(main)

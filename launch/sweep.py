@@ -6,14 +6,13 @@
       --sweep='config.seed=0,1,2' --sweep='config.selector.kind=bic,full'
 
 Elements are what sweep() of the config file yields, or the product of the --sweep flags (--zip
-pairs them). Each is one `python -m launch` in WORKDIR/<its keys>, its output in log.txt there. The
-same command goes on: finished runs are skipped, broken ones resumed. The table and
-WORKDIR/sweep.csv hold eval/accuracy: of a run, the last and the best over its steps; of an arm
-(runs that differ in the seed alone), mean, spread (standard deviation over runs) and best of the
-last.
+pairs them). Each is one `python -m launch` in WORKDIR/<its keys>, its output in log.txt there. Run
+the same command again to continue: finished runs are skipped, interrupted ones resumed. The table
+and WORKDIR/sweep.csv hold eval/accuracy: the last and the best value of each run, and for each arm
+(runs that differ in the seed alone) mean, standard deviation and best of the last values.
 
---list shows the elements and how far each is, --print_commands one command per element, to start by
-hand (as on a pod, where a run takes every host).
+--list shows the state of each element, --print_commands one command per element to start by hand
+(as on a pod, where a run takes every host).
 
 Exit codes: 0 all runs finished, 1 some failed, 75 stopped by SIGTERM or Ctrl-C: run it again.
 """
@@ -41,7 +40,8 @@ import ml_collections as mlc
 from absl import flags
 from etils import epath
 
-from launch import config_flags, launcher
+from configs import base
+from launch import columns, config_flags, launcher
 from opd_jax.workdir import owner, preemption, records
 
 METRIC = "eval/accuracy"
@@ -56,7 +56,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("zip", False, "pair the values of the --sweep flags, no product")
     flags.DEFINE_integer("jobs", 1, "runs at once", 1)
-    flags.DEFINE_bool("list", False, "show the elements and how far each is, run nothing")
+    flags.DEFINE_bool("list", False, "show the state of each element, run nothing")
     flags.DEFINE_bool("print_commands", False, "print one command per run, run nothing")
 
 
@@ -75,7 +75,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far a run is."""
+    """The state of a run."""
 
     status: str  # finished, "step n of N" or "not started"
     last: float | None  # METRIC of the last row that has it
@@ -152,8 +152,9 @@ def plan(config: mlc.ConfigDict, found: Iterable[Mapping], workdir: str) -> list
                 f"two elements of the sweep are the same run: {a.name!r} and {b.name!r}; leave one "
                 "out"
             )
+    defaults = base.get_config().to_dict()
     for run in runs:
-        owner.check_same_run(run.config, epath.Path(run.workdir))
+        owner.check_same_run(run.config, epath.Path(run.workdir), defaults)
     return runs
 
 
@@ -180,7 +181,7 @@ def command(run: Run, config_path: str, overrides: Mapping, extra: Sequence[str]
 
 
 def outcome(run: Run) -> Outcome:
-    """How far a run is, by what its workdir holds."""
+    """The state of a run, from its workdir."""
     rows = records.read_metrics(run.workdir)
     values = [row[METRIC] for row in rows if row.get(METRIC) is not None]
     last, best = (values[-1], max(values)) if values else (None, None)
@@ -240,6 +241,9 @@ class Runner:
                 process.terminate()
                 num_sent += 1
             time.sleep(0.1)
+        ended = f"exit {process.returncode}" if process.returncode else "end"
+        # Here, not where the caller learns of it: by then the next run has started.
+        print(f"{ended:7} {run.name}  {outcome(run).status}\n", end="", flush=True)
         return process.returncode
 
 
@@ -263,7 +267,7 @@ def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One line per arm: METRIC's mean, spread and best over its finished runs."""
+    """One row per arm: mean, standard deviation and best of METRIC over its finished runs."""
     rows = [("arm", "finished", "mean", "spread", "best")]
     for name, group in arms(runs).items():
         outcomes = [outcome(run) for run in group]
@@ -277,21 +281,11 @@ def table(runs: Sequence[Run]) -> str:
                 f"{max(last):.4f}" if last else "-",
             )
         )
-    return f"{METRIC} after the last update\n{align(rows)}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, the rest (numbers) to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    return f"{METRIC} after the last update\n{columns.align(rows)}"
 
 
 def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
-    """One line per run: its keys, workdir, how far it is, last and best METRIC."""
+    """One row per run: its keys, workdir, state, last and best METRIC."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -304,9 +298,7 @@ def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
     path.write_text(text.getvalue())
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; quote a --sweep that holds spaces")
+def main(_) -> None:
     values = flags.FLAGS
     path, shared = values["config"].config_filename, values["config"].override_values
     try:
@@ -318,7 +310,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"ERROR: {error}")
     jobs = [(run, command(run, path, shared, _launcher_flags())) for run in runs]
     if values.list:
-        print(align([("run", "state"), *((run.name, outcome(run).status) for run in runs)]))
+        print(columns.align([("run", "state"), *((run.name, outcome(run).status) for run in runs)]))
     elif values.print_commands or _on_several_hosts(os.environ):
         print("\n".join(shlex.join(line) for _, line in jobs))
     else:
@@ -344,8 +336,6 @@ def run_all(jobs: Sequence[tuple[Run, list[str]]], num_jobs: int, workdir: str) 
     todo = [(run, line) for run, line in jobs if outcome(run).status != "finished"]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before")
     for run, status in runner(todo):
-        state = outcome(run).status
-        print(f"{'end' if status == 0 else f'exit {status}':7} {run.name}  {state}", flush=True)
         if status not in (0, preemption.EXIT_PREEMPTED) and not runner.stopping:
             failed.append(run)
     runs = [run for run, _ in jobs]
@@ -354,6 +344,7 @@ def run_all(jobs: Sequence[tuple[Run, list[str]]], num_jobs: int, workdir: str) 
     for run in failed:
         print(f"ERROR: {run.name} failed:\n{_tail(log_path(run))}", file=sys.stderr)
     if runner.stopping:
+        print("stopped: the same command goes on with the runs left", file=sys.stderr)
         return preemption.EXIT_PREEMPTED
     return int(any(outcome(run).status != "finished" for run in runs))
 

@@ -11,35 +11,29 @@ import jax
 import numpy as np
 
 from opd_jax import structs
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
 NGRAM = 4  # tokens; the repetition rate counts repeated runs of this many
-STRONG_GAIN = 6.0  # nats of BIC gain the paper calls significant
 
 
 def row_table(
-    rollout: structs.Rollout,
-    scores: structs.Scores,
-    margin_bt: np.ndarray | None,
-    supervised_bt: np.ndarray,
-    release_b: np.ndarray,
-    gain_b: np.ndarray,
-    num_segments_b: np.ndarray,
-    rescale_b: np.ndarray,
+    rollout: structs.Rollout, scores: structs.Scores, supervision: structs.Supervision
 ) -> dict[str, np.ndarray]:
     """Per-row quantities, float64[B] each; `*_sum` are over the row's valid tokens.
 
-    `release_b` is the index of the first token that is no longer supervised; the length of the
+    `release` is the index of the first token that is no longer supervised; the length of the
     response when nothing is released.
     """
+    margin_bt, supervised_bt = supervision.margin_bt, supervision.supervised_bt
     valid_bt = rollout.valid_bt
     length_b = valid_bt.sum(-1)
     table = dict(
         length=length_b,
         supervised=supervised_bt.sum(-1),
-        release=np.minimum(release_b, length_b),
-        gain=gain_b,
-        num_segments=num_segments_b,
-        rescale=rescale_b,
+        release=np.minimum(supervision.release_b, length_b),
+        gain=supervision.gain_b,
+        num_segments=supervision.num_segments_b,
+        rescale=supervision.rescale_b,
         truncated=~rollout.finished_b,
         repeated=[_repetition(t[v]) for t, v in zip(rollout.tokens_bt, valid_bt, strict=True)],
         entropy_sum=_row_sum(rollout.entropy_bt, valid_bt),

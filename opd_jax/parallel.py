@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
+DEFAULT_MESH = (("data", 1), ("fsdp", -1), ("tensor", 1), ("expert", 1))  # axis, size; -1: the rest
 
 Rules = dict[str, tuple[str, ...]]
 

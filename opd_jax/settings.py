@@ -15,7 +15,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 TYPES = {"bool": bool, "int": int, "float": (float, int), "str": str, "tuple": tuple}
 
@@ -46,11 +46,6 @@ class Section:
     """
 
     section: ClassVar[str] = ""  # of the config; "" = its top level
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """From a section of the config, which must hold exactly the fields."""
-        return cls(**values)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -105,5 +100,21 @@ def words(least=None, most=None, above=None, below=None) -> str:
 def flag(path: str, value: Any) -> str:
     """The flag that sets a key of the config, as a shell takes it."""
     if isinstance(value, tuple):
-        value = f"({','.join(map(repr, value))}{',' if len(value) == 1 else ''})".replace(" ", "")
+        return f'--config.{path}="{_written(value)}"'
     return f"--config.{path}={shlex.quote(str(value))}"
+
+
+def _written(value: Any) -> str:
+    """A tuple as Python reads it, without spaces."""
+    if not isinstance(value, tuple):
+        return repr(value)
+    return f"({','.join(map(_written, value))}{',' * (len(value) == 1)})"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of a nested config, a dict or a ConfigDict."""
+    flat = {}
+    for name, value in config.items():
+        is_section = hasattr(value, "items")
+        flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
+    return flat

@@ -6,10 +6,18 @@ Index t of every response array means response token t; a log-probability at t i
 given everything before it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import struct
+
+
+class Vocabulary(NamedTuple):
+    """Token ids that sampling must know."""
+
+    size: int  # real tokens, the tokenizer's; a head may have more rows, which are never drawn
+    eos_ids: tuple[int, ...]  # a response ends with any of them
+    pad_id: int
 
 
 @struct.dataclass
@@ -44,9 +52,24 @@ class Scores:
     teacher_logp_bt: np.ndarray | None = None  # float32[B, T], nats, of the sampled token
     teacher_logp_btk: np.ndarray | None = None  # float32[B, T, K], nats, of the candidates
     teacher_entropy_bt: np.ndarray | None = None  # float32[B, T], nats
-    teacher_ids_btk: np.ndarray | None = (
-        None  # int32[B, T, J], the teacher's own top ids, best first
-    )
+    teacher_ids_btk: np.ndarray | None = None  # int32[B, T, J], its own top ids, best first
     teacher_ids_logp_btk: np.ndarray | None = None  # float32[B, T, J], nats, at these ids
     teacher_hidden_btd: Any | None = None  # compute dtype [B, T, D], state that predicts token t
     reference_logp_bt: np.ndarray | None = None  # float32[B, T], nats, of the sampled token
+
+
+@struct.dataclass
+class Supervision:
+    """What a step does with each token of this host's rows: the selection stage's result."""
+
+    supervised_bt: np.ndarray  # bool[B, T], True = supervised at full strength
+    weight_bt: np.ndarray  # float32[B, T], of the token's loss, rescaling included; 0 = none
+    denominator: float  # this host's: loss = sum(weight * token_loss) / sum(denominator)
+    release_b: np.ndarray  # int[B], first token no longer supervised; = length: nothing released
+    gain_b: np.ndarray  # float[B], nats; -inf = no drop, NaN = not sought
+    num_segments_b: np.ndarray  # int[B]; 0 where the selector reads no segments
+    rescale_b: np.ndarray  # float[B], the row's rescaling factor of eq. (5); 1 = nothing released
+    usable_bt: np.ndarray  # bool[B, T], valid, and every value that the run trains on is finite
+    margin_bt: np.ndarray | None  # float32[B, T], nats; NaN where not usable
+    spans_b: list | None  # per row, token spans of its segments; None = not asked for
+    stats: dict[str, tuple[float, float]]  # name -> (sum, count) over this host's rows

@@ -12,24 +12,22 @@ One step, in this order:
   7 evaluate    when due; then one row of metrics for this update is written
   8 checkpoint  when due
 
-The order is a contract. Evaluation and checkpoint follow the update they belong to, so row n of
-metrics.jsonl and checkpoint n both speak of the student after n updates (row 0: before the first).
-The row is on disk before its checkpoint, and a checkpoint holds the data cursor before the next
-prompts are drawn: whatever moment a run is killed at, the same command ends with the same bits.
-Nothing random is stored: keys and generators follow from the seed and the step.
+Stages 2 to 6 are step.py's; the order is a contract. Evaluation and checkpoint follow the update
+they belong to, so row n of metrics.jsonl and checkpoint n both speak of the student after n updates
+(row 0: before the first). The row is on disk before its checkpoint, and a checkpoint holds the data
+cursor before the next prompts are drawn: whatever moment a run is killed at, the same command ends
+with the same bits. Nothing random is stored: keys and generators follow from the seed and the step.
 
 Left out on purpose: replay, asynchronous rollouts, rewards, several epochs per batch.
 """
 
-import contextlib
-import time
-
-import jax
 import ml_collections as mlc
 
 from opd_jax import build
-from opd_jax.job import Job
-from opd_jax.workdir import faults, owner, preemption
+from opd_jax.run import Run
+from opd_jax.stages.update import TrainState
+from opd_jax.step import Clock
+from opd_jax.workdir import owner, preemption
 
 
 def run(config: mlc.ConfigDict, workdir: str) -> None:
@@ -42,71 +40,40 @@ def run(config: mlc.ConfigDict, workdir: str) -> None:
       FloatingPointError: too many updates in a row were not finite; names the last checkpoint.
       OSError: a checkpoint could not be written; names those that are whole.
     """
-    with owner.hold(workdir), build.build(config, workdir) as job:
-        job.finish(_loop(job))
+    with owner.hold(workdir), build.build(config, workdir) as built:
+        built.finish(_loop(built))
 
 
-def _loop(job: Job):
+def _loop(run: Run) -> TrainState:
     """Steps until the last; returns the trained state."""
-    state, step, row = job.start.state, job.start.step, job.start.row
+    state, step, row = run.start.state, run.start.step, run.start.row
     while True:
-        cursor = job.prompts.state()
+        cursor = run.prompts.state()
         try:
             if row is not None:  # of update `step`, not yet written
-                if job.due(step, job.every.evaluate):
+                if run.due(step, run.evaluate_every_steps):
                     clock = Clock()
                     with clock("evaluate"):
-                        row = row | job.evaluate(state.params, step)
+                        row = row | run.evaluate(state.params, step)
                     row = row | {f"time/{k}": v for k, v in clock.seconds.items()}
-                job.write(step, row)
+                run.recorder.write(step, row)
                 accuracy, row = row.get("eval/accuracy"), None
-                if step and job.due(step, job.every.checkpoint):
-                    job.save(step, state, cursor, row, metric=accuracy)
-            if step == job.num_steps:
+                if step and run.due(step, run.checkpoint_every_steps):
+                    run.save(step, state, cursor, row, metric=accuracy)
+            if step == run.num_steps:
                 return state
-            state, row = _step(job, state, step)
+            state, row = _step(run, state, step)
             step += 1
         except preemption.Preempted:
-            job.save(step, state, cursor, row, metric=None)
+            run.save(step, state, cursor, row, metric=None)
             raise
 
 
-def _step(job: Job, state, step: int):
-    """Stages 1 to 6; until the update the run is as it was, so a step can be abandoned."""
-    clock = Clock()
-    prompts = next(job.prompts)
-    with clock("rollout"):
-        key = job.fold(step, job.ROLLOUT)
-        rolled, stats = job.sampler.run(
-            job.sampling_params(state), prompts, key, between=job.guard.check
-        )
-    job.guard.check()
-    with clock("score"):
-        job.selection.start(rolled)
-        scores = job.score(job.teacher_params, rolled, job.reference_params)
-    job.guard.check()
-    with clock("select"):
-        chosen = job.selection.finish(rolled, scores, step)
-    job.guard.check()
-    with clock("update"):
-        batch = rolled, scores, chosen.weight_bt, chosen.denominator
-        state, sums = job.update(state, *batch, job.teacher_head_vd)
-        sums = jax.device_get(sums)
-    row = job.describe(step, prompts, rolled, stats, scores, chosen, sums, clock.seconds)
-    if row["update/skipped"]:
-        faults.dump(job.workdir, step + 1, *batch, state, job.config)
-    job.check_skipped(row)
+def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, dict]:
+    """Stages 1 to 6, and the row of metrics; until the update the run is as it was."""
+    prompts = next(run.prompts)
+    key = run.fold(step, run.ROLLOUT)
+    state, taken = run.stages(state, prompts, key, step, run.guard.check)
+    row = run.recorder.row(step, taken)
+    run.check_skipped(step, row, taken, state)
     return state, row
-
-
-class Clock:
-    """Seconds of each named stage; every stage ends on the host, so wall time is its time."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start

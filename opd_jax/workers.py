@@ -17,13 +17,14 @@ import json
 import os
 import pathlib
 import queue
+import select
 import struct
 import subprocess
 import sys
+import time
 from typing import Any
 
-import numpy as np
-
+START_SECONDS = 120.0  # imports take seconds on a busy machine
 _SIZE = struct.Struct("<Q")
 
 
@@ -31,28 +32,44 @@ class Pool:
     """Calls `function(argument, **common)` in `num_workers` processes.
 
     Attributes:
-      num_died: workers that died with work in hand; each was replaced.
+      num_died: workers that died, or passed the time limit, with work in hand; each was replaced.
     """
 
-    def __init__(self, function: str, num_workers: int, **common: Any):
+    def __init__(
+        self,
+        function: str,
+        num_workers: int,
+        *,
+        seconds: float = 0.0,
+        memory_mib: int = 0,
+        at_once: bool = True,
+        **common: Any,
+    ):
         """`function`: "module:name". `common` goes to every worker once and stays there.
 
         Arguments and results: what JSON holds, bytes, and arrays of numbers, nested at will.
+        `seconds`: wall time for one argument, the worker's imports not counted; 0 = no limit.
+        `memory_mib`: address space of a worker; 0 = no limit. `at_once`: False starts a worker with
+        its first argument.
         """
         if num_workers < 1:
             raise ValueError(f"a pool of {num_workers} workers does nothing; use at least 1")
         self.num_died = 0
-        self._hello = encode([function, common])
+        self._seconds = seconds
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers, "opd_jax_worker")
-        self._idle: queue.Queue[subprocess.Popen] = queue.Queue()
+        self._idle: queue.Queue[_Worker] = queue.Queue()
+        hello = encode([function, memory_mib, common])
         for _ in range(num_workers):
-            self._idle.put(self._start())
+            worker = _Worker(hello, quiet=memory_mib > 0)
+            if at_once:
+                worker.start()
+            self._idle.put(worker)
 
     def submit(self, argument: Any) -> concurrent.futures.Future:
         """The result to come.
 
-        Its `result()` raises OSError or EOFError if the worker died with this argument twice, and
-        RuntimeError with the worker's traceback if the function raised.
+        Its `result()` raises TimeoutError past the time limit, EOFError if the worker died with
+        this argument twice, and RuntimeError with the worker's traceback if the function raised.
         """
         return self._threads.submit(self._call, argument)
 
@@ -60,7 +77,7 @@ class Pool:
         """Waits for work in hand and ends the workers."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
-            _stop(self._idle.get())
+            self._idle.get().stop()
 
     def __enter__(self) -> "Pool":
         return self
@@ -72,46 +89,120 @@ class Pool:
         worker = self._idle.get()
         try:
             try:
-                ok, value = _ask(worker, argument)
-            except (OSError, EOFError):
-                worker = self._replace(worker)
-                ok, value = _ask(worker, argument)
-        except (OSError, EOFError):
-            worker = self._replace(worker)
-            raise
+                ok, value = self._ask(worker, argument)
+            except EOFError:  # died, perhaps not of this
+                ok, value = self._ask(worker, argument)
         finally:
             self._idle.put(worker)
         if not ok:
             raise RuntimeError(f"a worker's function raised:\n{value}")
         return value
 
-    def _replace(self, worker):
-        self.num_died += 1
-        worker.kill()
-        _stop(worker)
-        return self._start()
+    def _ask(self, worker, argument):
+        """The worker's reply. One that dies or is late is stopped: the next call starts another."""
+        try:
+            return worker.ask(argument, self._seconds)
+        except (OSError, EOFError) as error:
+            self.num_died += 1
+            worker.kill()
+            worker.stop()
+            raise error if isinstance(error, TimeoutError) else EOFError from error
 
-    def _start(self):
+
+class _Worker:
+    """One process, started again after it was stopped."""
+
+    def __init__(self, hello: bytes, quiet: bool):
+        self._hello = hello
+        self._quiet = quiet  # what libraries say of hostile input helps nobody
+        self._process: subprocess.Popen | None = None
+        self._ready = False
+
+    @property
+    def pid(self) -> int | None:
+        """None = not started."""
+        return self._process and self._process.pid
+
+    def start(self) -> None:
+        """Returns at once; the process is ready when it has imported its function."""
         root = str(pathlib.Path(__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        worker = subprocess.Popen(
+        self._ready = False
+        self._process = subprocess.Popen(
             [sys.executable, "-c", "from opd_jax import workers; workers.serve()"],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if self._quiet else None,
+            process_group=0,  # Ctrl-C is for the run, which needs its workers to end in order
             env=os.environ | {"PYTHONPATH": path},
         )
         with contextlib.suppress(OSError):  # dead already: the first call finds out
-            _write(worker.stdin, self._hello)
-        return worker
+            _write(self._process.stdin, self._hello)
+
+    def ask(self, argument: Any, seconds: float) -> Any:
+        """The reply; TimeoutError past the limit, OSError or EOFError when the process is gone."""
+        if self._process is None:
+            self.start()
+        if not self._ready:
+            self._receive(START_SECONDS)
+            self._ready = True
+        _write(self._process.stdin, encode(argument))
+        return self._receive(seconds)
+
+    def _receive(self, seconds: float) -> Any:
+        until = time.monotonic() + seconds if seconds else None
+        return decode(_read(_Timed(self._process.stdout.fileno(), until)))
+
+    def kill(self) -> None:
+        """Ends the process in mid-work."""
+        if self._process:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Ends the process when its work is done."""
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):  # its end of the pipe is gone
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+        self._process = None
+
+
+class _Timed:
+    """A pipe to read from until a moment of the monotonic clock; None = without end."""
+
+    def __init__(self, pipe: int, until: float | None):
+        self._pipe, self._until = pipe, until
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes, fewer where the pipe ends; TimeoutError when the moment has come."""
+        parts, left = [], size
+        while left:
+            wait = None if self._until is None else max(self._until - time.monotonic(), 0)
+            if not select.select([self._pipe], [], [], wait)[0]:
+                raise TimeoutError
+            parts.append(os.read(self._pipe, min(left, 2**20)))
+            if not parts[-1]:
+                break
+            left -= len(parts[-1])
+        return b"".join(parts)
 
 
 def serve() -> None:
-    """A worker's life: one reply per argument until stdin ends."""
+    """A worker's life: "ready", then one reply per argument until stdin ends."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be taken for a reply
-    function, common = decode(_read(sys.stdin.buffer))
+    function, memory_mib, common = decode(_read(sys.stdin.buffer))
+    if memory_mib:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mib * 2**20, memory_mib * 2**20))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, name = function.split(":")
     function = getattr(importlib.import_module(module), name)
+    _write(replies, encode("ready"))
     while True:
         try:
             argument = decode(_read(sys.stdin.buffer))
@@ -134,7 +225,8 @@ def _mark(value):
     """json's way to ask for what it does not know."""
     if isinstance(value, bytes):
         return {"$bytes": value.decode("latin-1")}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    numpy = sys.modules.get("numpy")  # who holds an array has imported it
+    if numpy and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf":
         data = base64.b64encode(value.tobytes()).decode()
         return {"$array": data, "dtype": value.dtype.str, "shape": value.shape}
     raise TypeError(
@@ -147,8 +239,10 @@ def _unmark(found: dict):
     if "$bytes" in found:
         return found["$bytes"].encode("latin-1")
     if "$array" in found:
+        import numpy
+
         data = base64.b64decode(found["$array"])
-        return np.frombuffer(data, found["dtype"]).reshape(found["shape"])
+        return numpy.frombuffer(data, found["dtype"]).reshape(found["shape"])
     return found
 
 
@@ -162,14 +256,10 @@ def _reply(function, argument, common):
         return encode([False, traceback.format_exc()])
 
 
-def _ask(worker, argument):
-    _write(worker.stdin, encode(argument))
-    return decode(_read(worker.stdout))
-
-
 def _write(stream, data: bytes) -> None:
-    stream.write(_SIZE.pack(len(data)))
-    stream.write(data)
+    left = memoryview(_SIZE.pack(len(data)) + data)
+    while left:  # a pipe without a buffer takes what it has room for
+        left = left[stream.write(left) :]
     stream.flush()
 
 
@@ -182,10 +272,3 @@ def _read(stream) -> bytes:
     if len(data) < _SIZE.unpack(size)[0]:
         raise EOFError
     return data
-
-
-def _stop(worker) -> None:
-    with contextlib.suppress(OSError):  # its end of the pipe is gone
-        worker.stdin.close()
-    worker.stdout.close()
-    worker.wait()

@@ -18,15 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import build, parallel
+from opd_jax import parallel, recorder
 from opd_jax.algorithm import change_point, margin, segments, selectors
 from opd_jax.algorithm.objective import Objective, check_models, check_sizes
-from opd_jax.model import hf, qwen3
+from opd_jax.config import Settings
+from opd_jax.model import backend, hf, qwen3
+from opd_jax.model.source import Teacher
 from opd_jax.problems import benchmarks, intervals, task
 from opd_jax.problems.datasets import build_dataset
-from opd_jax.stages import evaluate, packing, rollout, sampling, selection
+from opd_jax.stages import evaluate, optimizer, packing, rollout, sampling
 from opd_jax.stages.prompts import PromptStream
+from opd_jax.stages.prompts import Settings as Data
+from opd_jax.structs import Vocabulary
 from opd_jax.workdir import checkpoint, owner
+from tests import advice
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -39,12 +44,12 @@ ELSEWHERE = {
     "a model directory": "model/test_hf.py::test_bad_directories_are_refused_with_the_reason",
     "a hub id without network": "model/test_hf.py::test_a_hub_id_without_network_says_what_to_do",
     "a failed save": "model/test_hf.py::test_a_failed_save_leaves_what_was_there",
-    "student and teacher that differ": "test_contract.py::"
+    "student and teacher that differ": "problems/test_contract.py::"
     "test_each_mismatch_is_shown_and_can_be_allowed_by_name",
-    "a line of JSONL": "test_data.py::test_a_bad_line_is_named_or_skipped_by_flag",
-    "a prompt that is too long": "test_data.py::"
+    "a line of JSONL": "problems/test_datasets.py::test_a_bad_line_is_named_or_skipped_by_flag",
+    "a prompt that is too long": "problems/test_datasets.py::"
     "test_a_prompt_that_is_too_long_is_refused_or_dropped_by_flag",
-    "a tokenizer": "test_text.py::test_a_tokenizer_that_is_not_byte_level_is_refused",
+    "a tokenizer": "problems/test_tokenizer.py::test_a_tokenizer_that_is_not_byte_level_is_refused",
     "a key or value of the config": "launch/test_config_flags.py::"
     "test_a_wrong_key_or_value_names_one_that_works",
     "a config file": "launch/test_config_flags.py::"
@@ -52,17 +57,18 @@ ELSEWHERE = {
     "a sweep": "launch/test_sweep.py::"
     "test_what_cannot_be_a_sweep_is_refused_before_anything_starts",
     "the place of a process": "launch/test_launcher.py::"
-    "test_a_half_set_place_is_refused_and_names_what_is_missing",
+    "test_an_incomplete_description_of_a_process_names_what_is_missing",
     "a pod": "launch/test_pod.py::test_what_cannot_be_started_names_a_flag_that_works",
     "a topology": "launch/test_plan.py::"
     "test_a_slice_that_does_not_exist_is_refused_with_one_that_does",
     "a plan without its compiler": "launch/test_plan.py::"
     "test_without_the_compiler_the_extra_is_named",
-    "a workdir of another run, now": "test_owner.py::"
+    "a workdir of another run, now": "workdir/test_owner.py::"
     "test_a_second_run_is_refused_before_it_starts_and_a_killed_one_is_not_in_the_way",
     "a workdir of another config": "test_train.py::"
     "test_another_config_in_the_workdir_is_refused_by_key",
-    "unusable checkpoints": "test_checkpoint.py::test_when_all_are_damaged_it_stops_and_names_each",
+    "unusable checkpoints": "workdir/test_checkpoint.py::"
+    "test_when_all_are_damaged_it_stops_and_names_each",
 }
 
 
@@ -105,8 +111,8 @@ def mesh_of(**sizes: int) -> types.SimpleNamespace:
 
 def sampler(**given):
     model = qwen3.Qwen3Config(64, 32, 48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-    knobs = dict(eos_ids=(1,), pad_id=0, response_len=8, mesh=mesh_of(data=4)) | given
-    return rollout.build(model, **knobs)
+    settings = rollout.Settings(**dict(response_len=8) | given)
+    return rollout.build(model, settings, Vocabulary(64, (1,), 0), mesh=mesh_of(data=4))
 
 
 def draw(**given):
@@ -115,26 +121,11 @@ def draw(**given):
 
 
 def prompts(source=("a",), **given):
-    return PromptStream(source, None, **dict(batch_size=4, prompt_len=8, seed=0) | given)
+    settings = Data(batch_size=given.pop("batch_size", 4), prompt_len=8)
+    return PromptStream(source, None, settings, seed=0, **given)
 
 
-def learning_rate(**given):
-    from ml_collections import ConfigDict
-
-    section = dict(learning_rate=1e-3, warmup_steps=0, decay="cosine") | given
-    return build._optimizer(ConfigDict(section), 10)
-
-
-WEIGHTS = dict(
-    supervised_bt=np.ones((2, 3), bool),
-    weight_bt=np.ones((2, 3)),
-    valid_bt=np.ones((2, 3), bool),
-)
-loss_weights = functools.partial(selectors.loss_weights, **WEIGHTS)
-selected = functools.partial(selection.build, selectors.build("bic"), [b"a"])
 find_drop = functools.partial(change_point.find_drop, [2.0, 1.0])
-segment = functools.partial(segments.segment, [b"a"])
-margins = functools.partial(margin.margin, teacher_logp_btk=np.zeros((2, 3)))
 problem = task.Example("long-1", "f", "one", "one")
 
 ROWS = [
@@ -152,7 +143,7 @@ ROWS = [
         sampler,
         "rollout",
         (dict(decode_chunk=0), "decode_chunk=32"),
-        (dict(response_len=0), "response_len=32"),
+        (dict(response_len=0), "response_len=192"),
         (dict(num_slots=9), "num_slots=8"),
     ),
     # What is supervised.
@@ -163,35 +154,39 @@ ROWS = [
         (dict(min_side=0), "min_side=1"),
         (dict(min_gain=math.nan), "min_gain=0.0"),
         (dict(min_drop=-1.0), "min_drop=0.0"),
+        (dict(min_segments=-1), "min_segments=2"),
+        (dict(penalty_change=math.nan), "penalty_change=3.0"),
+        (dict(penalty_none=math.inf), "penalty_none=1.0"),
     ),
     *knobs(
-        segment,
+        segments.Settings,
         "segment",
         (dict(kind="spacy"), "kind=nltk"),
         (dict(punkt="english"), "punkt=embedded"),
-        (dict(fixed_tokens=0), "fixed_tokens=64"),
+        (dict(kind="fixed_tokens", fixed_tokens=0), "fixed_tokens=32"),
+        (dict(kind="nltk", fixed_tokens=64), "fixed_tokens=32"),
+        (dict(kind="token", punkt="punkt_tab"), "punkt=embedded"),
         (dict(max_tokens=-1), "max_tokens=0"),
+        (dict(num_workers=-1), "num_workers=1"),
+        (dict(max_tokens=1.5), "max_tokens=0"),
     ),
     *knobs(
-        margins,
+        margin.Settings,
         "margin",
         (dict(kind="top2"), "kind=top1_top2"),
         (dict(kind="top1_top2", temperature=0.0), "temperature=1.0"),
-        (dict(kind="advantage_variance"), "kind=top1_top2"),
+        (dict(temperature=math.nan), "temperature=1.0"),
+    ),
+    Row(
+        "'advantage_variance'",
+        "--config.margin.kind=top1_top2",
+        lambda: margin.margin(margin.Settings("advantage_variance"), np.zeros((2, 3))),
     ),
     *(
         Row(f"K={num}", "--config.rollout.num_candidates=4", _call(margin.teacher_margin, given))
         for num, shape in ((1, (3, 1)), (0, (0,)), (0, ()))
         for given in [dict(teacher_logp_btk=np.zeros(shape))]
     ),
-    *knobs(
-        selected,
-        "segment",
-        (dict(num_workers=-1), "num_workers=1"),
-        (dict(segment_kind="words"), "kind=nltk"),
-    ),
-    *knobs(selected, "margin", (dict(margin_kind="best"), "kind=top1_top2")),
-    *knobs(selected, "objective", (dict(rescale="row"), "rescale=sequence")),
     *knobs(
         selectors.build,
         "selector",
@@ -205,6 +200,7 @@ ROWS = [
         (dict(kind="growing_prefix", start_length=9, end_length=8), "end_length=9"),
         (dict(kind="growing_prefix", grow_steps=-1), "grow_steps=0"),
         (dict(kind="iw_opd", gamma=-1.0), "gamma=0.5"),
+        (dict(kind="iw_opd", gamma=math.inf), "gamma=0.5"),
         (dict(kind="bic", aggregate="max"), "aggregate=mean"),
         (dict(kind="bic", transform="log"), "transform=log1p"),
         (dict(kind="bic", trim=0.5), "trim=0.1"),
@@ -215,7 +211,7 @@ ROWS = [
         (dict(kind="bic", min_supervised_tokens=-2), "min_supervised_tokens=0"),
     ),
     Row(
-        "'bic' has no knob 'length'",
+        "'bic' has no setting 'length'",
         "Leave --config.selector.length out",
         lambda: selectors.build("bic", length=3),
     ),
@@ -224,14 +220,14 @@ ROWS = [
         "Leave --config.selector.fraction out",
         lambda: selectors.build("full", fraction=0.5),
     ),
-    # The loss.
     *knobs(
-        loss_weights,
-        "objective",
-        (dict(aggregate="mean"), "aggregate=row_mean"),
-        (dict(rescale="row"), "rescale=sequence"),
-        (dict(max_rescale=0.5), "max_rescale=0.0"),
+        lambda **given: selectors.of(selectors.DEFAULTS | given),
+        "selector",
+        (dict(kind="full", min_side=3), "min_side=1"),
+        (dict(kind="bic", length=64), "length=1024"),
+        (dict(kind="fixed_prefix", fraction=0.5), "fraction=0.0"),
     ),
+    # The loss.
     *knobs(
         Objective,
         "objective",
@@ -241,21 +237,56 @@ ROWS = [
         (dict(kind="jsd", support="top"), "support=full"),
         (dict(kind="jsd", support="union", tail="none"), "tail=bin"),
         (dict(kind="jsd", support="teacher_k", top_k=1), "top_k=16"),
+        (dict(kind="sampled_pg", support="union"), "support=full"),
+        (dict(kind="jsd", tail="truncate"), "tail=bin"),
+        (dict(kind="jsd", support="student_k", top_k=8), "top_k=16"),
+        (dict(kind="reverse_kl", beta=0.1), "beta=0.5"),
         (dict(kind="jsd", extrapolation=1.25), "extrapolation=1.0"),
         (dict(kind="sampled_pg", advantage_floor=1.0), "advantage_floor=0.0"),
-        (dict(kind="sampled_pg", is_threshold=-1.0), "is_threshold=5.0"),
+        (dict(kind="sampled_pg", is_threshold=-1.0), "is_threshold=0.0"),
+        (dict(kind="sampled_pg", extrapolation=math.nan), "extrapolation=1.0"),
         (dict(kind="sampled_pg", advantage_clip=-1.0), "advantage_clip=0.0"),
-        (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0"),
+        (dict(kind="jsd", advantage_clip=1.0), "advantage_clip=0.0"),
         (dict(kind="forward_kl", stop_gradient=True), "stop_gradient=False"),
+        (dict(aggregate="mean"), "aggregate=row_mean"),
+        (dict(rescale="row"), "rescale=sequence"),
+        (dict(max_rescale=0.5), "max_rescale=0.0"),
+        (dict(max_rescale=-2.0), "max_rescale=0.0"),
     ),
-    Row("gamma", "one of the knobs", lambda: Objective("jsd", gamma=1.0)),
     *knobs(
         functools.partial(check_sizes, Objective(), vocab_size=10),
         "rollout",
         (dict(num_candidates=1), "num_candidates=4"),
         (dict(num_candidates=11), "num_candidates=4"),
     ),
-    *knobs(learning_rate, "optim", (dict(decay="linear"), "decay=constant or cosine")),
+    *knobs(
+        optimizer.Settings,
+        "optim",
+        (dict(decay="linear"), "decay=constant"),
+        (dict(learning_rate=math.nan), "learning_rate=1e-05"),
+        (dict(b1=1.5), "b1=0.9"),
+        (dict(b2=-1.0), "b2=0.999"),
+        (dict(eps=-1.0), "eps=1e-08"),
+        (dict(clip_norm=math.nan), "clip_norm=1.0"),
+        (dict(weight_decay=-1.0), "weight_decay=0.01"),
+        (dict(warmup_steps=-3), "warmup_steps=0"),
+        (dict(max_skipped=-1), "max_skipped=3"),
+    ),
+    *knobs(
+        rollout.Settings,
+        "rollout",
+        (dict(first_cache=-5), "first_cache=0"),
+        (dict(head_dtype="fp8"), "head_dtype=''"),
+        (dict(temperature=1e-40), "temperature=1.0"),
+        (dict(by="nobody"), "by=student"),
+    ),
+    *knobs(packing.Settings, "pack", (dict(head_chunk=0), "head_chunk=128")),
+    *knobs(backend.Settings, "model", (dict(compute_dtype="bf16"), "compute_dtype=float32")),
+    *knobs(recorder.Settings, "log", (dict(every_steps=0), "every_steps=1")),
+    Row("config.seed=-1", "--config.seed=0", lambda: Settings(seed=-1)),
+    Row(f"config.seed={10**20}", "--config.seed=0", lambda: Settings(seed=10**20)),
+    Row("config.mesh=(('fsdp',),)", "--config.mesh=", lambda: Settings(mesh=(("fsdp",),))),
+    Row("config.mesh='fsdp:2'", "--config.mesh=", lambda: Settings(mesh="fsdp:2")),
     # Sizes, batches and the mesh.
     *knobs(
         packing.check_shape,
@@ -307,12 +338,16 @@ ROWS = [
     Row(
         "--config.teacher.path=nowhere",
         "--config.teacher.path=embedded:teacher",
-        lambda: build.Source("teacher", "nowhere", "float32").directory,
+        lambda: Teacher("nowhere").directory,
     ),
     *knobs(
-        functools.partial(checkpoint.Checkpoints, "nowhere"),
+        checkpoint.Settings,
         "checkpoint",
         (dict(keep_last=0), "keep_last=2"),
+        (dict(every_steps=-1), "every_steps=20"),
+        (dict(keep_every_steps=-4), "keep_every_steps=0"),
+        (dict(keep_best=-1), "keep_best=1"),
+        (dict(keep_best=1.5), "keep_best=1"),
     ),
     Row(
         "rate: 0.1 there, 0.5 now; seed: 0 there, 7 now",
@@ -361,6 +396,7 @@ def test_bad_input_is_refused_with_what_was_given_and_what_to_set(row):
     assert row.given in message.replace(row.flag, ""), message  # not just in the advice
     assert row.flag in message, message
     assert len(message) > 60, "says neither what is needed nor why"
+    advice.check(message)
 
 
 @pytest.mark.parametrize("subject", ELSEWHERE)

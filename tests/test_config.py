@@ -11,7 +11,7 @@ import pytest
 
 from launch import config_flags
 from opd_jax import build
-from opd_jax.algorithm import selectors
+from opd_jax.algorithm import margin, segments, selectors
 from opd_jax.algorithm.objective import Objective
 from tests import fakes
 
@@ -66,19 +66,20 @@ def test_every_key_of_base_has_a_comment_or_a_plain_name():
 
 
 @pytest.mark.parametrize("kind", selectors.SELECTORS)
-def test_base_holds_every_knob_of_every_selector_at_its_default(kind):
-    section = config_flags.load(str(ROOT / "configs/base.py")).selector
-    cls = selectors.SELECTORS[kind]
-    for field in dataclasses.fields(cls):
-        assert field.name in section, f"selector.{field.name} is missing"
-        if field.name != "fraction":  # 0 stands for the kind's own default
-            assert section[field.name] == field.default
+def test_base_names_the_default_of_each_selector(kind):
+    section = config_flags.load(str(ROOT / "configs/base.py")).selector.to_dict()
+    assert selectors.of(section | {"kind": kind}) == selectors.SELECTORS[kind]()
 
 
-def test_base_holds_every_knob_of_the_objective_at_its_default():
-    section = config_flags.load(str(ROOT / "configs/base.py")).objective
-    for field in dataclasses.fields(Objective):
-        assert section[field.name] == field.default
+@pytest.mark.parametrize("cls", [margin.Settings, segments.Settings, Objective])
+def test_base_holds_every_setting_at_its_default(cls):
+    section = config_flags.load(str(ROOT / "configs/base.py"))[cls.section]
+    assert section.to_dict() == dataclasses.asdict(cls())
+
+
+def test_base_holds_no_setting_that_no_selector_reads():
+    section = config_flags.load(str(ROOT / "configs/base.py")).selector.to_dict()
+    assert section == {"kind": selectors.Kind().kind, **selectors.DEFAULTS}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/[!_]*.py")), ids=lambda p: p.stem)

@@ -2,6 +2,7 @@
 """Step metrics by hand, whatever the number of hosts."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -34,12 +35,14 @@ def make_table() -> dict:
     return metrics.row_table(
         make_rollout(),
         structs.Scores(teacher_logp_bt=teacher),
-        margin,
-        supervised_bt=np.array([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool),
-        release_b=np.array([2, 6]),
-        gain_b=np.array([8.0, -np.inf]),
-        num_segments_b=np.array([3, 1]),
-        rescale_b=np.array([2.0, 1.0]),
+        types.SimpleNamespace(
+            margin_bt=margin,
+            supervised_bt=np.array([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool),
+            release_b=np.array([2, 6]),
+            gain_b=np.array([8.0, -np.inf]),
+            num_segments_b=np.array([3, 1]),
+            rescale_b=np.array([2.0, 1.0]),
+        ),
     )
 
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import build, structs, train
+from opd_jax import build, step, structs, train
 from opd_jax.model import hf
-from opd_jax.workdir import checkpoint, faults, preemption, writer
+from opd_jax.stages import rollout
+from opd_jax.workdir import checkpoint, faults, preemption, records
 from tests import fakes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "step.json"
@@ -29,7 +30,7 @@ def metrics_of(workdir) -> list[dict]:
     """The rows that must be equal whenever a run is repeated."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-        for row in writer.read_rows(str(workdir))
+        for row in records.read_metrics(workdir)
     ]
 
 
@@ -76,21 +77,19 @@ def fixed_rollout(vocab_size: int) -> structs.Rollout:
     )
 
 
-def one_step(job, rolled):
+def one_step(run, rolled):
     """Score, select and update on a given rollout; what the update was given, state and sums."""
-    scores = job.score(job.teacher_params, rolled)
-    job.selection.start(rolled)
-    chosen = job.selection.finish(rolled, scores, step=0)
-    state = jax.tree.map(jnp.copy, job.start.state)  # the update donates it
-    state, sums = job.update(state, rolled, scores, chosen.weight_bt, chosen.denominator)
-    return scores, chosen, state, jax.device_get(sums)
+    scores, chosen = run.stages.supervise(rolled, 0)
+    state = jax.tree.map(jnp.copy, run.start.state)  # the update donates it
+    return scores, chosen, *run.stages.learn(state, rolled, scores, chosen)
 
 
 def test_golden_step(pair, tmp_path):
     """Edits it catches: any change of the numbers between a rollout and the updated parameters."""
     config = fakes.small_config(pair, **{"segment.kind": "fixed_tokens", "segment.fixed_tokens": 4})
-    with build.build(config, str(tmp_path)) as job:
-        scores, chosen, state, sums = one_step(job, fixed_rollout(job.student_config.vocab_size))
+    with build.build(config, str(tmp_path)) as run:
+        rolled = fixed_rollout(run.student.config.vocab_size)
+        scores, chosen, state, sums = one_step(run, rolled)
     found = {name: float(total) / float(count) for name, (total, count) in sums.items() if count}
     found = {name: found[name] for name in ("loss", "grad_norm", "sampler_gap/mean")}
     found["teacher_logp"] = float(scores.teacher_logp_bt.sum(dtype=np.float64))
@@ -144,16 +143,16 @@ def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, 
     real_build = build.build
 
     def disturbed(config, workdir):
-        job = real_build(config, workdir)
+        run = real_build(config, workdir)
         if stage == "rollout":
-            disturb(job.sampler, at=3)
+            disturb(run.stages.sampler, at=3)
         elif stage == "score":
-            job.score = signalling(job.score, at=3)
+            run.stages.score = signalling(run.stages.score, at=3)
         elif stage == "select":
-            job.selection.finish = signalling(job.selection.finish, at=3)
+            run.stages.select.finish = signalling(run.stages.select.finish, at=3)
         else:  # two sets of problems each time
-            disturb(job.evaluator.sampler, at=4)
-        return job
+            disturb(run.suite.evaluator.sampler, at=4)
+        return run
 
     monkeypatch.setattr(build, "build", disturbed)
     with pytest.raises(preemption.Preempted):
@@ -167,7 +166,7 @@ def test_sigterm_in_any_stage_checkpoints_and_goes_on(finished, pair, tmp_path, 
 
 
 def test_what_a_run_leaves_behind(finished):
-    rows = writer.read_rows(str(finished))
+    rows = records.read_metrics(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
     wanted = """loss grad_norm log_ratio/mean release/rate release/position_p10
@@ -196,8 +195,8 @@ def test_another_config_in_the_workdir_is_refused_by_key(finished, pair):
 
 
 def test_nothing_compiles_after_the_second_step_and_no_hidden_transfers(pair, tmp_path):
-    with build.build(fakes.small_config(pair), str(tmp_path)) as job:
-        state, compiled = job.start.state, []
+    with build.build(fakes.small_config(pair), str(tmp_path)) as run:
+        state, compiled = run.start.state, []
 
         def listen(event, duration, **kwargs):
             if event == "/jax/core/compile/backend_compile_duration":
@@ -207,7 +206,7 @@ def test_nothing_compiles_after_the_second_step_and_no_hidden_transfers(pair, tm
             if step == 2:
                 jax.monitoring.register_event_duration_secs_listener(listen)
             with jax.transfer_guard("disallow"):
-                state, _ = train._step(job, state, step)
+                state, _ = train._step(run, state, step)
         jax.monitoring.clear_event_listeners()
     assert compiled == []
 
@@ -215,63 +214,67 @@ def test_nothing_compiles_after_the_second_step_and_no_hidden_transfers(pair, tm
 # --- faults ---
 
 
-def planted(place: str, job, rolled, monkeypatch):
+def planted(place: str, run, rolled):
     """A NaN in the teacher's scores, or in a weight: what one step makes of it."""
-    state = jax.tree.map(jnp.copy, job.start.state)
+    state = jax.tree.map(jnp.copy, run.start.state)
     if place == "weight":
         bad = jax.tree.map(lambda x: x, state.params)
         bad["final_norm"] = bad["final_norm"].at[0].set(jnp.nan)
         state = state.replace(params=bad)
-    scores = job.score(job.teacher_params, rolled)
-    if place == "scores":
-        scores.teacher_logp_bt[1, 3] = np.nan
-        scores.teacher_logp_btk[5, 2, 1] = np.inf
-    job.selection.start(rolled)
-    chosen = job.selection.finish(rolled, scores, step=0)
-    if place == "loss weights":
-        chosen.weight_bt[0, 0] = np.inf
+    real = run.stages.score
+
+    def score(*args):
+        scores = real(*args)
+        if place == "scores":
+            scores.teacher_logp_bt[1, 3] = np.nan
+            scores.teacher_logp_btk[5, 2, 1] = np.inf
+        return scores
+
+    run.stages.score = score
+    scores, chosen = run.stages.supervise(rolled, 0)
     before = jax.tree.map(np.asarray, state)
-    after, sums = job.update(state, rolled, scores, chosen.weight_bt, chosen.denominator)
-    return before, after, chosen, jax.device_get(sums)
+    after, sums = run.stages.learn(state, rolled, scores, chosen)
+    stats = rollout.Stats()
+    return before, after, step.Step(None, rolled, stats, scores, chosen, {}, sums)
 
 
 def test_a_nan_in_the_teachers_scores_is_masked_counted_and_does_no_harm(pair, tmp_path):
-    with build.build(fakes.small_config(pair), str(tmp_path)) as job:
-        rolled = fixed_rollout(job.student_config.vocab_size)
-        _, after, chosen, sums = planted("scores", job, rolled, None)
+    with build.build(fakes.small_config(pair), str(tmp_path)) as run:
+        rolled = fixed_rollout(run.student.config.vocab_size)
+        _, after, taken = planted("scores", run, rolled)
+    chosen = taken.supervision
     assert chosen.stats["selection/nonfinite_tokens"][0] == 2
     assert not chosen.supervised_bt[1, 3] and chosen.weight_bt[5, 2] == 0
-    assert sums["update/skipped"][0] == 0
+    assert taken.sums["update/skipped"][0] == 0
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(after.params))
 
 
 def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(pair, tmp_path):
     from launch import replay
 
-    with build.build(fakes.small_config(pair), str(tmp_path)) as job:
-        rolled = fixed_rollout(job.student_config.vocab_size)
-        before, after, chosen, sums = planted("weight", job, rolled, None)
-        assert sums["update/skipped"][0] == 1
+    with build.build(fakes.small_config(pair), str(tmp_path)) as run:
+        rolled = fixed_rollout(run.student.config.vocab_size)
+        before, after, taken = planted("weight", run, rolled)
+        assert taken.sums["update/skipped"][0] == 1
         for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
             np.testing.assert_array_equal(a, b)
-        scores = job.score(job.teacher_params, rolled)
-        faults.dump(
-            tmp_path, 3, rolled, scores, chosen.weight_bt, chosen.denominator, after, job.config
-        )
+        run.check_skipped(2, {"update/skipped": 1.0}, taken, after)
     text = replay.replay(str(faults.folder(tmp_path, 3)))
     assert re.search(r"params\['final_norm'\].*1 of", text)
     assert "update/skipped" in text
 
 
-def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(pair, tmp_path):
+def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "dump", lambda *args: None)  # has a test of its own
     config = fakes.small_config(pair, **{"optim.max_skipped": 1})
-    with build.build(config, str(tmp_path)) as job:
-        job.save(2, job.start.state, {}, None, None)
-        job.check_skipped({"update/skipped": 1.0})
-        job.check_skipped({"update/skipped": 0.0})  # in a row, not in all
-        job.check_skipped({"update/skipped": 1.0})
+    with build.build(config, str(tmp_path)) as run:
+        run.save(2, run.start.state, {}, None, None)
+        bad, good = {"update/skipped": 1.0}, {"update/skipped": 0.0}
+        run.check_skipped(2, bad, None, None)
+        run.check_skipped(3, good, None, None)  # in a row, not in all
+        run.check_skipped(4, bad, None, None)
         with pytest.raises(FloatingPointError, match=r"(?s)Last checkpoint: 2 .*--config"):
-            job.check_skipped({"update/skipped": 1.0})
+            run.check_skipped(5, bad, None, None)
 
 
 # --- supervised training, the study's baseline ---
@@ -281,16 +284,12 @@ def test_supervised_training_learns_the_teachers_samples(pair, tmp_path):
     """The teacher answers, whoever the student is, and what it answered becomes likelier."""
     supervised = {"rollout.by": "teacher", "objective.kind": "cross_entropy"}
     supervised |= {"selector.kind": "full", "optim.learning_rate": 1e-2}
-    with build.build(fakes.small_config(pair, **supervised), str(tmp_path)) as job:
-        state, losses = job.start.state, []
-        params = job.sampling_params(state)
-        rolled = job.sampler.run(params, next(job.prompts), job.fold(0, job.ROLLOUT))[0]
-        job.selection.start(rolled)
-        scores = job.score(job.teacher_params, rolled, None)
-        chosen = job.selection.finish(rolled, scores, 0)
+    with build.build(fakes.small_config(pair, **supervised), str(tmp_path)) as run:
+        state, losses, teacher = run.start.state, [], run.stages.frozen.teacher
+        taken = run.stages.observe(teacher, next(run.prompts), run.fold(0, run.ROLLOUT), 0)
+        rolled, scores = taken.rollout, taken.scores
         for _ in range(2):
-            batch = rolled, scores, chosen.weight_bt, chosen.denominator
-            state, sums = job.update(state, *batch, None)
+            state, sums = run.stages.learn(state, rolled, scores, taken.supervision)
             losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
     valid_bt = rolled.valid_bt
     np.testing.assert_allclose(

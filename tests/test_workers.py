@@ -54,6 +54,29 @@ def test_a_killed_worker_is_replaced_and_the_work_done():
         assert pool.num_died == 1
 
 
+def test_work_past_the_time_limit_is_given_up_and_its_worker_replaced():
+    """Imports are not counted: the limit is shorter than the start of an interpreter."""
+    with workers.Pool("time:sleep", 1, seconds=0.05, at_once=False) as pool:
+        assert next(iter(pool._idle.queue)).pid is None
+        assert pool.submit(0).result() is None
+        with pytest.raises(TimeoutError):
+            pool.submit(60).result()
+        assert pool.num_died == 1
+        assert pool.submit(0).result() is None
+
+
+def test_memory_past_the_limit_is_an_error_of_the_function():
+    with workers.Pool("builtins:bytearray", 1, memory_mib=512) as pool:
+        with pytest.raises(RuntimeError, match="MemoryError"):
+            pool.submit(2**30).result()
+
+
+def test_a_message_longer_than_a_pipe_arrives():
+    with workers.Pool("builtins:sorted", 1) as pool:
+        rows = ["x" * 3_000_000, "a" * 3_000_000]
+        assert pool.submit(rows).result() == rows[::-1]
+
+
 def test_work_that_kills_its_worker_twice_is_reported():
     with workers.Pool("os:_exit", 1) as pool:
         with pytest.raises(EOFError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one stage, or the whole step: warm-up, median, a table, one JSON object as last line.
+"""Measures one stage or a whole step: a table of medians, and one JSON object as the last line.
 
   python -m launch.bench --case=step                  # sizes of the peers' table, one thread
   python -m launch.bench --case=decode --vocab=4096 --json
@@ -12,6 +12,7 @@ is read. On CPU the process is pinned to --threads CPUs before JAX starts.
 import sys
 
 from launch.bench import flags
+from opd_jax.workdir import preemption
 
 
 def main(argv: list[str]) -> None:
@@ -23,4 +24,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with preemption.stoppable():
+        main(sys.argv[1:])

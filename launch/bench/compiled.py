@@ -13,15 +13,15 @@ from jax.sharding import SingleDeviceSharding
 
 from launch.bench import measure
 from launch.bench.measure import Report
+from launch.plan.chips import GIB
 from opd_jax.algorithm.head import head_loss_and_grads
 from opd_jax.algorithm.objective import Objective, Targets
 
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd")
-GIB = 2**30
 
 
 def loss_memory_case(args) -> Report:
-    """Temporary memory of loss and gradient over the full vocabulary, --rows x --new-tokens tokens.
+    """Temporary memory of loss and gradient over the full vocabulary, --rows x --new_tokens tokens.
 
     Nothing runs: the program is compiled for one chip of --topology.
     """
@@ -81,7 +81,7 @@ def _loss_memory(args, kind: str, device) -> dict:
 
 
 def compile_case(args) -> Report:
-    """The first step of --config in a fresh process, then in another with the cache it left."""
+    """The first step of --config in a new process, then in another with the cache of the first."""
     with tempfile.TemporaryDirectory() as cache:
         rows = [dict(process=name, **_first_steps(args, cache)) for name in ("cold", "cached")]
     result = dict(case="compile", seconds=rows[0]["compile_seconds"], config=args.config, rows=rows)

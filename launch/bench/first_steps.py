@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three steps of a config and what compiling them took: `python -m launch.bench.first_steps FILE`.
 
-Case compile runs it: only a fresh process has nothing compiled.
+Case compile runs it in a new process, where nothing is compiled yet.
 """
 
 import collections
@@ -33,12 +33,12 @@ def main(path: str) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     config = config_flags.load(path)
-    with tempfile.TemporaryDirectory() as workdir, build.build(config, workdir) as job:
+    with tempfile.TemporaryDirectory() as workdir, build.build(config, workdir) as run:
         seconds.clear()  # what building took: initial weights, loading
-        state, walls, first, compilations = job.start.state, [], {}, []
+        state, walls, first, compilations = run.start.state, [], {}, []
         for step in range(3):
             before, clock = count["xla_seconds"], measure.Clock()
-            state, _ = train._step(job, state, step)
+            state, _ = train._step(run, state, step)
             walls.append(clock.seconds())
             compilations.append(count["xla_seconds"] - before)
             first = first or dict(seconds)

@@ -27,7 +27,7 @@ CASES = {  # case -> what it measures, and its own defaults
         ),
     ),
     "host": (
-        "segmentation and selection, and what of it the device waits for",
+        "segmentation and selection, and how much of it the device waits for",
         dict(
             rows=1024,
             new_tokens=4096,
@@ -70,14 +70,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, default=151936, help="tokens")
     p.add_argument("--batch", type=int, default=8, help="rows, or slots in case sampler")
     p.add_argument("--rows", type=int, default=128, help="rows of cases sampler and host")
-    p.add_argument("--prompt-len", type=int, default=32, help="tokens")
-    p.add_argument("--new-tokens", type=int, default=128, help="response tokens of a row, at most")
+    p.add_argument("--prompt_len", type=int, default=32, help="tokens")
+    p.add_argument("--new_tokens", type=int, default=128, help="response tokens of a row, at most")
     p.add_argument("--dtype", default="float32", help="of weights and matmuls")
-    p.add_argument("--head-dtypes", default="float32,bfloat16", help="of the head, case decode")
-    p.add_argument("--decode-chunk", type=int, default=32, help="steps between host checks")
-    p.add_argument("--head-chunk", type=int, default=128, help="tokens whose logits exist at once")
-    p.add_argument("--micro-batch-rows", type=int, default=0, help="lines; 0 = chosen by the sizes")
-    p.add_argument("--micro-batch-tokens", type=int, default=0, help="tokens of a line; 0 = chosen")
+    p.add_argument("--head_dtypes", default="float32,bfloat16", help="of the head, case decode")
+    p.add_argument("--decode_chunk", type=int, default=32, help="steps between host checks")
+    p.add_argument("--head_chunk", type=int, default=128, help="tokens whose logits exist at once")
+    p.add_argument(
+        "--micro_batch_rows", type=int, default=0, help="packed rows; 0 = chosen by the sizes"
+    )
+    p.add_argument("--micro_batch_tokens", type=int, default=0, help="of a packed row; 0 = chosen")
     p.add_argument("--remat", default="none", help="none, dots or layer")
     p.add_argument(
         "--unroll", type=int, default=-1, help="most layers that are not scanned; -1 = as in a run"

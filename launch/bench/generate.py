@@ -12,17 +12,18 @@ from launch.bench import measure, sizes
 from launch.bench.measure import Report
 from opd_jax import parallel
 from opd_jax.stages import decode, rollout, sampling
+from opd_jax.structs import Vocabulary
 
 
 def decode_case(args) -> Report:
-    """Seconds per token step of a full batch, with the head in each of --head-dtypes."""
+    """Seconds per token step of a full batch, with the head in each of --head_dtypes."""
     config = sizes.model_config(args.student, args.vocab)
     params = sizes.random_params(config, args.seed, args.dtype)
     columns = args.prompt_len + args.new_tokens / 2  # filled, on average over the steps
     flops = sizes.generate_flops(config, args.batch, args.prompt_len, args.new_tokens)
     flops /= args.new_tokens
     steps = [_DecodeSteps(args, config, params, dtype) for dtype in args.head_dtypes]
-    matmul, read, *taken = measure.in_turns(
+    matmul, read, *taken = measure.interleaved(
         measure.matmul_rate(),
         measure.read_rate(),
         *steps,
@@ -68,22 +69,21 @@ def decode_case(args) -> Report:
 
 
 def build_sampler(args, config, head_dtype, **changes) -> rollout.Sampler:
-    """Without EOS, so that every row runs to its limit."""
+    """A sampler without EOS, so that every row runs to its limit; `changes` are settings."""
     mesh = sizes.build_mesh(args)
-    settings = dict(
-        eos_ids=(),
-        pad_id=0,
-        response_len=args.new_tokens,
-        mesh=mesh,
-        decode_chunk=args.new_tokens,
-        backend=sizes.backend(args, mesh),
-        head_dtype=head_dtype,
-    )
-    return rollout.build(config, **settings | changes)
+    settings = dict(response_len=args.new_tokens, decode_chunk=args.new_tokens)
+    settings |= dict(head_dtype=jnp.dtype(head_dtype).name)
+    vocabulary = Vocabulary(config.vocab_size, eos_ids=(), pad_id=0)
+    backend = sizes.backend(args, mesh)
+    settings = rollout.Settings(**settings | changes)
+    return rollout.build(config, settings, vocabulary, mesh=mesh, backend=backend)
 
 
 class _DecodeSteps:
-    """Called, it decodes full rows afresh: seconds of a token step. `first`: what was drawn."""
+    """A measurement: seconds of a token step, from decoding a full batch afresh.
+
+    `first`: what the first call drew.
+    """
 
     def __init__(self, args, config, params, head_dtype):
         self.args = args
@@ -92,15 +92,16 @@ class _DecodeSteps:
         prompts = sizes.random_prompts(args.batch, args.prompt_len, args.vocab, args.seed)
         length = np.full(args.batch, args.prompt_len, np.int32)
         limit = np.full(args.batch, args.new_tokens, np.int32)
-        place = np.arange(args.batch, dtype=np.int32)
-        self.rows = (prompts.tokens_bp, length, prompts.row_b, limit, place)
+        self.rows = decode.Arrivals(prompts.tokens_bp, length, prompts.row_b, limit)
+        self.source = np.arange(args.batch, dtype=np.int32)  # prompt i goes to slot i
         self.key = jax.random.key_data(jax.random.key(args.seed))
         self.first = None
 
     def __call__(self) -> float:
         args, spec, weights = self.args, self.spec, self.weights
         slots = decode.init(spec, args.batch, args.prompt_len + args.new_tokens)
-        slots = decode.insert(spec, weights, slots, self.key, *map(jnp.asarray, self.rows))
+        rows = jax.tree.map(jnp.asarray, self.rows)
+        slots = decode.insert(spec, weights, slots, self.key, rows, jnp.asarray(self.source))
         jax.block_until_ready(slots)
         clock = measure.Clock()
         out = decode.decode(spec, weights, slots, jnp.int32(args.batch + 1))
@@ -117,7 +118,7 @@ def _gap(a: decode.Drawn, b: decode.Drawn) -> float:
 
 
 def _parts(args, step) -> dict[str, float]:
-    """Milliseconds of a step's parts, each compiled alone; the draw beside JAX's own."""
+    """Milliseconds of a step's parts, each compiled alone, and of JAX's own draw and top-k."""
     B, V = args.batch, args.vocab
     head = step.weights.head
     hidden = jnp.ones((B, step.spec.config.hidden_size), args.dtype)
@@ -133,8 +134,8 @@ def _parts(args, step) -> dict[str, float]:
         "jax.random.categorical": (jax.random.categorical, jax.random.key(2), logits),
         "jax.lax.top_k": (lambda x: jax.lax.top_k(x, 4), logits),
     }
-    laps = [measure.seconds_of(jax.jit(f), *x) for f, *x in functions.values()]
-    taken = measure.in_turns(*laps, warmup=1, repeats=args.repeats)
+    calls = [measure.seconds_of(jax.jit(f), *x) for f, *x in functions.values()]
+    taken = measure.interleaved(*calls, warmup=1, repeats=args.repeats)
     return {
         name: 1e3 * statistics.median(seconds)
         for name, seconds in zip(functions, taken, strict=True)
@@ -161,7 +162,9 @@ def sampler_case(args) -> Report:
         runs.append(sampler.run(params, prompts, key, limit_b=limit))
         return runs[-1][0].tokens_bt
 
-    (taken,) = measure.in_turns(measure.seconds_of(run), warmup=args.warmup, repeats=args.repeats)
+    (taken,) = measure.interleaved(
+        measure.seconds_of(run), warmup=args.warmup, repeats=args.repeats
+    )
     seconds = statistics.median(taken)
     stats, tokens = runs[-1][1], int(limit.sum())
     batches = (

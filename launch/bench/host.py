@@ -10,32 +10,33 @@ import numpy as np
 
 from launch.bench import measure, sizes
 from launch.bench.measure import Report
-from opd_jax.algorithm import selectors
+from opd_jax.algorithm import segments, selectors
 from opd_jax.stages import selection
 
 # Prose of mathematics as tokens; about every 18th ends a sentence.
 WORDS = "the of we so that x = 2 + n is sum and therefore a let value equals by prime each hence"
 ENDS = (b".", b"?", b". Then", b".\n\n")
 END_SHARE = 1 / 18
-SLOTS = 128  # rows that the predicted step decodes at once: all 1,024 do not fit v5e:4x4
+SLOTS = 128  # rows that the predicted step decodes at once: 1,024 do not fit v5e:4x4
 
 
 def host_case(args) -> Report:
-    """Seconds that a step waits for the host: --rows responses of --new-tokens tokens.
+    """Seconds that a step waits for the host: --rows responses of --new_tokens tokens.
 
-    Segmentation runs in worker processes while the device scores. What a step waits for is handing
-    the rows out, whatever segmentation is left once the teacher has finished, and selection.
+    Segmentation runs in worker processes while the device scores. A step waits for sending the
+    rows to them, for segmentation that is not done when the teacher is, and for selection.
     """
     token_bytes = [b" " + word.encode() for word in WORDS.split()] + list(ENDS)
     rollout, scores = _responses(args, len(token_bytes))
     num_bytes = sum(len(token_bytes[i]) for i in rollout.tokens_bt.reshape(-1))
-    laps = []
-    with selection.build(selectors.build("bic"), token_bytes, num_workers=args.workers) as stage:
+    taken = []
+    settings = segments.Settings(num_workers=args.workers)
+    with selection.build(selectors.build("bic"), token_bytes, segment=settings) as stage:
         for i in range(args.warmup + args.repeats):
-            lap, chosen = _lap(stage, rollout, scores)
+            seconds, chosen = _measure(stage, rollout, scores)
             if i >= args.warmup:
-                laps.append(lap)
-    wait, segment = (float(np.median([lap[i] for lap in laps])) for i in (0, 1))
+                taken.append(seconds)
+    wait, segment = np.median(taken, axis=0).tolist()
     plan = _plan(args) if args.topology else {}
     score_seconds = plan["stages"]["score"]["seconds"] if plan else 0.0
     exposed = wait + max(0.0, segment - score_seconds)
@@ -72,8 +73,8 @@ def _responses(args, num_ids: int):
     return rollout.replace(tokens_bt=tokens), scores
 
 
-def _lap(stage, rollout, scores):
-    """((seconds of start and finish once segmentation is done, of segmentation), Chosen)."""
+def _measure(stage, rollout, scores):
+    """((seconds of start and finish without waiting, seconds of segmentation), what is chosen)."""
     whole = measure.Clock()
     stage.start(rollout)
     stage.finish(rollout, scores, 0)
@@ -89,7 +90,7 @@ def _lap(stage, rollout, scores):
 
 
 def _plan(args) -> dict:
-    """launch.plan's prediction of a step of this size, in a process of its own."""
+    """launch.plan's prediction of a step of this size, from a separate process."""
     command = [
         sys.executable,
         "-m",

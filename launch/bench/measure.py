@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks, the machine's own rates, and how a measurement is printed."""
+"""Clocks, rates of this machine, and how measurements are printed."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from launch.plan.chips import CHIPS
+from launch import columns
+from launch.plan.chips import CHIPS, GIB
 
 # Device kind as JAX names it -> peak FLOP/s in bf16 (dense) and bytes/s of its memory.
 # GPUs: NVIDIA's data sheets of the SXM parts; TPUs: launch/plan/chips.py.
@@ -34,7 +35,7 @@ PEAKS |= {kind: (CHIPS[name].flops, CHIPS[name].hbm_bandwidth) for kind, name in
 
 @dataclasses.dataclass
 class Report:
-    """What a case found: `rows` is the table for people, `result` the JSON object."""
+    """Figures of a case: `rows` is the printed table, `result` the JSON object."""
 
     result: dict
     rows: list[dict]
@@ -42,7 +43,7 @@ class Report:
 
 
 class Clock:
-    """Seconds since it was made: passed, and of this process's CPU time."""
+    """Seconds since it was made: of wall time, and of this process's CPU time."""
 
     def __init__(self):
         self._start, self._cpu_start = time.perf_counter(), time.process_time()
@@ -51,38 +52,40 @@ class Clock:
         return time.perf_counter() - self._start
 
     def cpu_seconds(self) -> float:
-        """Tells how fast an idle machine would be when this one is not."""
+        """Shows how fast an idle machine would be when this one is busy."""
         return time.process_time() - self._cpu_start
 
 
 def seconds_of(function: Callable, *args) -> Callable[[], float]:
-    """A lap of `in_turns`: seconds of a call until its arrays are there."""
+    """A measurement for `interleaved`: seconds of a call until its arrays are computed."""
 
-    def lap() -> float:
+    def measure() -> float:
         clock = Clock()
         jax.block_until_ready(function(*args))
         return clock.seconds()
 
-    return lap
+    return measure
 
 
-def in_turns(*laps: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
-    """What each of `laps` returns, call by call: one of each, again and again.
+def interleaved(*measurements: Callable[[], float], warmup: int, repeats: int) -> list[list[float]]:
+    """What each measurement returns, one list per measurement, from rounds of one of each.
 
-    What slows the machine for a while slows all of them, so their ratios hold.
+    Whatever slows the machine for a while slows all of them, so their ratios hold.
     """
-    rounds = [[lap() for lap in laps] for _ in range(warmup + repeats)]
+    rounds = [[measure() for measure in measurements] for _ in range(warmup + repeats)]
     return [list(column) for column in zip(*rounds[warmup:], strict=True)]
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios of neighbours, see `in_turns`."""
+    """Median over the rounds of `interleaved` of the ratio of two measurements."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
-    """A lap of `in_turns`: FLOP/s of a square product. Its operand and its result, 36 MiB each in
-    float32, count in a case's `peak_rss_gib`."""
+    """A measurement for `interleaved`: FLOP/s of a square product.
+
+    Its operand and its result, 36 MiB each in float32, count in a case's `peak_rss_gib`.
+    """
     if jax.default_backend() != "cpu":
         size, dtype = 8192, jnp.bfloat16
     x = jnp.ones((size, size), dtype)
@@ -90,14 +93,14 @@ def matmul_rate(dtype=jnp.float32, size: int = 3072) -> Callable[[], float]:
 
 
 def read_rate(num_bytes: int = 2**28) -> Callable[[], float]:
-    """A lap of `in_turns`: bytes/s of a sum over an array that no cache holds."""
+    """A measurement for `interleaved`: bytes/s of a sum over an array that no cache holds."""
     return _rate(num_bytes, jax.jit(jnp.sum), jnp.ones(num_bytes // 4, jnp.float32))
 
 
 def _rate(work: float, function: Callable, x: jax.Array) -> Callable[[], float]:
-    lap = seconds_of(function, x)
-    lap()  # compiles
-    return lambda: work / lap()
+    seconds = seconds_of(function, x)
+    seconds()  # compiles
+    return lambda: work / seconds()
 
 
 def peaks() -> tuple[float, float] | None:
@@ -120,36 +123,28 @@ def utilisation(flops: float = 0.0, num_bytes: float = 0.0, seconds: float = 1.0
 
 def peak_rss_gib() -> float:
     """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def peak_device_gib() -> float | None:
     """Highest memory in use on the default device; None where it does not say."""
     stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] / 2**30 if stats else None
+    return stats["peak_bytes_in_use"] / GIB if stats else None
 
 
 def show(report: Report, *, json_only: bool) -> None:
     """The table, the notes, and the JSON object as the last line."""
     if not json_only:
-        print("\n".join(table(report.rows)))
+        print(table(report.rows))
         for note in report.notes:
             print(note)
     print(json.dumps({k: _plain(v) for k, v in report.result.items()}))
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """Aligned columns; a row may lack some."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    return columns.align([names, *([_cell(row.get(name)) for name in names] for row in rows)])
 
 
 def _cell(value) -> str:

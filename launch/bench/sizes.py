@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: model shapes by flag, random weights and data, and the FLOPs that are due."""
+"""Inputs of the cases: model shapes from flags, random weights and data, and counted FLOPs."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def random_prompts(rows: int, length: int, vocab: int, seed: int) -> structs.Pro
 
 
 def random_rollout(rows: int, prompt_len: int, response_len: int, vocab: int, seed: int, k: int):
-    """A rollout that no model made, every response of full length."""
+    """A random rollout, every response of full length."""
     rng = np.random.default_rng(seed)
     prompts = random_prompts(rows, prompt_len, vocab, seed + 1)
     shape = (rows, response_len)
@@ -70,7 +70,7 @@ def random_rollout(rows: int, prompt_len: int, response_len: int, vocab: int, se
 
 
 def random_scores(rollout: structs.Rollout, needs, teacher_width: int, seed: int, dtype):
-    """Scores that no teacher gave, of the fields in `needs`."""
+    """Random scores, of the fields in `needs`."""
     rng = np.random.default_rng(seed)
     shape = rollout.tokens_bt.shape
     values = dict(

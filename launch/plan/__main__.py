@@ -20,7 +20,11 @@ from launch import config_flags
 CONFIG = config_flags.define()
 TOPOLOGY = flags.DEFINE_string("topology", None, "slice, as v5e:16x16 or v5p:4x4x4", required=True)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object")
-SEARCH = flags.DEFINE_bool("search", False, "try meshes and micro-batches, rank those that fit")
+SEARCH = flags.DEFINE_bool(
+    "search",
+    False,
+    "try meshes and micro-batches, rank those that fit; figures are printed as they come",
+)
 PROMPT = flags.DEFINE_float("prompt_mean", 256, "assumed tokens of a prompt", 1)
 RESPONSE = flags.DEFINE_float("response_mean", 0, "assumed tokens of a response; 0 = half the most")
 STEPS = flags.DEFINE_integer(
@@ -39,9 +43,7 @@ POSITION = flags.DEFINE_float(
 PACKING = flags.DEFINE_float("packing", 0.9, "assumed share of a micro-batch that is real", 0.01, 1)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"ERROR: {argv[1:]} mean nothing here; flags are written --NAME=VALUE")
+def main(_) -> None:
     from launch.plan import advice, chips, run, search, text
 
     config = CONFIG.value

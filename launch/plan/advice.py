@@ -28,7 +28,7 @@ def _flags(stage: Stage, plan: Plan, config: mlc.ConfigDict) -> list[str]:
         fewer = int(slots * share) // shards * shards
         if 0 < fewer < slots:
             flags.append(f"--config.rollout.num_slots={fewer}")
-    if stage.name in ("score", "update"):
+    if stage.name in ("score", "update") and set(stage.memory) - {"resident", "arguments"}:
         rows = config.pack.micro_batch_rows
         if rows > shards:
             flags.append(f"--config.pack.micro_batch_rows={max(shards, rows // 2)}")

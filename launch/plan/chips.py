@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU chips, slices that exist only on paper, and how long work takes on them at best."""
+"""TPU chips, descriptions of slices, and the least time that work takes on them."""
 
 import dataclasses
 import importlib.util
@@ -84,7 +84,7 @@ class Slice:
         close (2D chips close dimensions of 16, 3D ones multiples of 4).
 
         Args:
-          coordinates: int[devices of the group, dimensions], places in the slice.
+          coordinates: int[devices of the group, dimensions], in the slice.
         """
         links = 0
         for i, size in enumerate(self.shape):
@@ -98,7 +98,7 @@ class Slice:
 
 
 def describe(topology: str) -> Slice:
-    """The slice that `topology` ("v5p:4x4x4") names, without one at hand.
+    """The slice that `topology` ("v5p:4x4x4") names; no TPU is needed.
 
     Raises:
       ValueError: unknown chip, a shape it does not come in, or no libtpu to compile with.

@@ -11,9 +11,8 @@ import math
 import re
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "c64": 64, "c128": 128}
-MAIN_MEMORY = (
-    0  # TPU layouts end in S(n): 0 = HBM, 1 = VMEM, others = scalar and synchronisation memories
-)
+# TPU layouts end in S(n): 0 = HBM, 1 = VMEM, others = scalar and synchronisation memories.
+MAIN_MEMORY = 0
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
@@ -256,7 +255,7 @@ def _fused(module, computation, op, inputs):
 
 
 def _comparisons(module, computation, op, inputs):
-    """Yields (direction, left, right) of each comparison that must hold for the loop to go on."""
+    """Yields (direction, left, right) of each comparison that a further iteration needs."""
     if op.opcode == "and" or op.opcode in _PASS:
         for name in op.operands:
             yield from _comparisons(module, computation, computation.ops[name], inputs)

@@ -50,6 +50,7 @@ _FREE_TARGETS = (
     "AssumeGatherIndices",
     "AsyncCollective",
 )
+_START = "AsyncCollectiveStart"
 
 
 @dataclasses.dataclass
@@ -62,7 +63,9 @@ class Costs:
     hbm_bytes: float = 0.0
     # (kind, devices of the first group) -> bytes one device sends
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    dynamic_loops: set[str] = dataclasses.field(default_factory=set)  # op names: trips are data
+    dynamic_loops: set[str] = dataclasses.field(
+        default_factory=set
+    )  # op names; their trip count is data
     unknown_kernels: set[str] = dataclasses.field(default_factory=set)  # FLOPs not counted
 
     @property
@@ -91,7 +94,7 @@ def count(module: hlo.Module, dynamic_trips: Callable[[str], float] = lambda op_
 
     Args:
       module: from `hlo.parse`.
-      dynamic_trips: op name of a loop whose number of trips is data -> the trips to assume.
+      dynamic_trips: op name of a loop whose trip count depends on data -> the count to assume.
     """
     return _Counter(module, dynamic_trips).computation(module.entry)
 
@@ -100,18 +103,26 @@ class _Counter:
     def __init__(self, module: hlo.Module, dynamic_trips):
         self.module, self.dynamic_trips = module, dynamic_trips
         self._done: dict[str, Costs] = {}
+        # Channel of an overlapped collective -> the fused computations that start it. Every fusion
+        # that it runs beside repeats the instruction, in the loop of the layers too.
+        self._starts: dict[str, set[str]] = collections.defaultdict(set)
+        for computation in module.computations.values():
+            for op in computation.ops.values():
+                if _target(op) == _START:
+                    collective = computation.ops[op.operands[0]]
+                    self._starts[_channel(collective)].add(computation.name)
 
     def computation(self, computation: hlo.Computation) -> Costs:
         """Costs of a scheduled computation (entry, loop body, branch)."""
         if computation.name in self._done:
             return self._done[computation.name]
-        costs, channels = Costs(), set()
+        costs = Costs()
         for op in computation.ops.values():
-            costs.add(self._scheduled(computation, op, channels))
+            costs.add(self._scheduled(computation, op))
         self._done[computation.name] = costs
         return costs
 
-    def _scheduled(self, computation, op: hlo.Op, channels: set[str]) -> Costs:
+    def _scheduled(self, computation, op: hlo.Op) -> Costs:
         if op.opcode == "while":
             return self._loop(computation, op)
         if op.opcode == "conditional":
@@ -124,7 +135,7 @@ class _Counter:
             return costs
         if op.opcode == "custom-call":
             return self._custom_call(computation, op)
-        self._arithmetic(costs, computation, op, channels)
+        self._arithmetic(costs, computation, op)
         costs.hbm_bytes = self._hbm_bytes(computation, op)
         return costs
 
@@ -139,7 +150,7 @@ class _Counter:
         return costs
 
     def _custom_call(self, computation, op) -> Costs:
-        target = op.attribute(r'custom_call_target="([^"]*)"')
+        target = _target(op)
         operands = [array for name in op.operands for array in computation.ops[name].results]
         if target.startswith(_FREE_TARGETS):
             return Costs()
@@ -153,13 +164,13 @@ class _Counter:
                 costs.hbm_bytes += reread
         return costs
 
-    def _arithmetic(self, costs: Costs, computation, op, channels: set[str]) -> None:
+    def _arithmetic(self, costs: Costs, computation, op) -> None:
         """Adds FLOPs and collective bytes of one instruction, and of those fused into it."""
         size = max((array.size for array in op.results), default=0)
         if op.opcode == "fusion":
             inner = self.module.computations[op.called[0]]
             for fused in inner.ops.values():
-                self._arithmetic(costs, inner, fused, channels)
+                self._arithmetic(costs, inner, fused)
             if inner.name.startswith("all-reduce-scatter"):
                 _as_reduce_scatter(costs)
             if "ITERATION_SKIPPER_MODE_GROUP_STARTS" in op.attributes:
@@ -176,15 +187,11 @@ class _Counter:
                 (a.size for n in op.operands for a in computation.ops[n].results), default=0
             )
         elif (kind := op.opcode.removesuffix("-start")) in COLLECTIVES:
-            self._collective(costs, computation, op, kind, channels)
+            self._collective(costs, computation, op, kind)
 
-    def _collective(self, costs, computation, op, kind, channels) -> None:
-        channel = op.attribute(r"channel_id=(\d+)")
-        if (
-            channel in channels
-        ):  # the same transfer, seen in the start, middle and done of its fusions
+    def _collective(self, costs, computation, op, kind) -> None:
+        if self._is_repeated(computation, op):
             return
-        channels.add(channel)
         operand = sum(a.num_bytes for n in op.operands for a in computation.ops[n].results)
         group = device_group(op, self.module.num_partitions)
         n = len(group)
@@ -192,6 +199,13 @@ class _Counter:
         if kind == "collective-permute":
             sent[kind] = operand
         costs.collectives[kind, group] += sent.get(kind, operand * (n - 1) / n)
+
+    def _is_repeated(self, computation, op: hlo.Op) -> bool:
+        """True = a part of an overlapped collective that is not its start, where it is counted."""
+        if _target(op).startswith("AsyncCollective"):
+            return True
+        starts = self._starts.get(_channel(op)) if op.opcode in COLLECTIVES else None
+        return bool(starts) and computation.name not in starts
 
     def _hbm_bytes(self, computation, op: hlo.Op) -> float:
         if op.opcode in _FREE or op.opcode.endswith("-done"):
@@ -212,13 +226,16 @@ class _Counter:
             for position, name in enumerate(op.operands)
             if (array := computation.ops[name].results[0]).memory_space == 0
         )
-        roots = [inner.root]
+        roots, results = [inner.root], op.results
         if inner.root.opcode == "tuple":
             roots = [inner.ops[name] for name in inner.root.operands]
+        elif _target(inner.root) == _START:  # its results: the operand, what it becomes, signals
+            roots, results = [inner.ops[inner.root.operands[0]]], op.results[1:2]
         return read + sum(
-            min(array.num_bytes, _written(inner, _origin(inner, root), root.results[0]))
-            for root, array in zip(roots, op.results, strict=False)
+            min(array.num_bytes, _written(inner, origin, root.results[0]))
+            for root, array in zip(roots, results, strict=False)
             if array.memory_space == 0
+            and not self._is_repeated(inner, origin := _origin(inner, root))
         )
 
     def _parameter_read(self, fused: hlo.Computation, position: int) -> float:
@@ -237,17 +254,25 @@ class _Counter:
         return total
 
     def _is_view(self, op: hlo.Op, position: int) -> bool:
-        """True = a fusion, inside another, whose result is that operand in another tiling."""
-        aliased = op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ")
-        if op.opcode != "fusion" or aliased != str(position):
+        """True = a fusion, inside another, whose result is that operand in another shape or tiling.
+
+        What reads the result then reads the operand.
+        """
+        if op.opcode != "fusion":
             return False
         inner = self.module.computations[op.called[0]]
-        return all(x.opcode in ("parameter", "copy", "bitcast") for x in inner.ops.values())
+        inside = {x.opcode for x in inner.ops.values()}
+        aliased = op.attribute(r"output_to_operand_aliasing=\{\{\}: \((\d+), ")
+        return inside <= {"parameter", "bitcast"} or (
+            aliased == str(position) and inside <= {"parameter", "copy", "bitcast"}
+        )
 
     def _read(self, computation, name: str, user: hlo.Op, position: int, fused_in=False) -> float:
         """Bytes that `user` reads of its operand."""
         array = computation.ops[name].results[0] if computation.ops[name].results else None
         if array is None or (array.memory_space != 0 and not fused_in):
+            return 0
+        if self._is_repeated(computation, user):
             return 0
         if position == 0 and user.opcode in ("dynamic-slice", "slice", "gather"):
             return user.results[0].num_bytes
@@ -256,6 +281,15 @@ class _Counter:
         ):
             return 0  # passed through, or updated in place
         return sum(a.num_bytes for a in computation.ops[name].results)
+
+
+def _target(op: hlo.Op) -> str:
+    """What a custom call calls; "" for other instructions."""
+    return op.attribute(r'custom_call_target="([^"]*)"') if op.opcode == "custom-call" else ""
+
+
+def _channel(op: hlo.Op) -> str:
+    return op.attribute(r"channel_id=(\d+)")
 
 
 def _written(computation, op: hlo.Op, array: hlo.Array) -> float:
@@ -323,7 +357,7 @@ def _valid_positions(left: int, out: int, kernel: int, window, i: int) -> int:
 def kernel_costs(op: hlo.Op, operands: list[hlo.Array]) -> tuple[float, float] | None:
     """(FLOPs, HBM bytes beyond one pass over operands and results) of a Pallas kernel.
 
-    None = neither its author nor we say what it computes.
+    None = its author gave no estimate and this module has no rule for it.
     """
     estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', op.attributes)
     if "splash" in op.name or "splash" in op.op_name:
@@ -338,9 +372,7 @@ def splash_costs(op: hlo.Op, operands: list[hlo.Array]) -> tuple[float, float]:
     3 (dq) + 4 (dk, dv) in two. Only blocks that touch the lower triangle are computed, each of them
     whole. The side that the grid's inner loop walks over is read again for each outer block.
     """
-    queries, keys, *_ = (
-        a for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16")
-    )
+    queries, keys, *_ = (a for a in operands if a.dtype in ("bf16", "f32", "f16"))
     length, head_dim = queries.dims[-2:]
     heads = math.prod(queries.dims[:-2])
     backward = "_dq" in op.name or "_dkv" in op.name
@@ -385,12 +417,20 @@ def device_group(op: hlo.Op, num_partitions: int) -> tuple[int, ...]:
 
 
 def _mesh_group(text: str) -> tuple[int, ...]:
-    """replica_groups=mesh['a'=4,'b'=2] {'a'}: the devices along the named axes."""
+    """replica_groups=mesh['a'=4,'b'=2] {'a'}: the devices along the named axes.
+
+    A mesh in another order says which device stands where: device_ids=([2,4]T(1,0)), or a list.
+    """
     axes = re.findall(r"'(\w+)'=(\d+)", text)
     named = re.findall(r"'(\w+)'(?!=)(?::\((\d+)\)(\d+))?", text[text.index("]") + 1 :])
-    if "device_ids" in text:
-        raise ValueError(f"a collective over a mesh with its own device order is not read: {text}")
-    grid = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
+    sizes = [int(n) for _, n in axes]
+    grid = np.arange(math.prod(sizes))
+    order = re.search(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", text)
+    if order:
+        grid = _iota(order[1], order[2]) if order[1] else np.array(_ints(order[3]))
+    elif "device_ids" in text:
+        raise ValueError(f"the device order of a collective's mesh is not read: {text}")
+    grid = grid.reshape(sizes)
     index = [0] * len(axes)
     for name, before, size in named:
         axis = [axis for axis, _ in axes].index(name)

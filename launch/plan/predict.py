@@ -58,6 +58,21 @@ def predict(pieces: Iterable[Piece], chips: Slice, devices: list, report=lambda 
     return stages
 
 
+def by_arithmetic(least: dict[str, dict[str, float]], chips: Slice) -> dict[str, Stage]:
+    """Stages that need not be compiled to know that one does not fit; {} = all of them may fit.
+
+    Args:
+      least: stage -> kind -> bytes that it holds at least (`Pieces.least`).
+    """
+    if all(sum(kinds.values()) <= chips.hbm_bytes for kinds in least.values()):
+        return {}
+    note = "nothing was compiled: without temporaries already a stage holds more than there is"
+    return {
+        name: Stage(name, flops=None, seconds=None, memory=kinds, notes={note})
+        for name, kinds in least.items()
+    }
+
+
 def _add(stage: Stage, piece: Piece, chips: Slice, devices: list) -> None:
     try:
         compiled = piece.lower().compile()
@@ -69,7 +84,7 @@ def _add(stage: Stage, piece: Piece, chips: Slice, devices: list) -> None:
         stage.notes.add(str(error).split("\n")[0])
         return
     _largest(stage, memory(compiled) | {"resident": piece.resident})
-    costs = hlo_cost.count(hlo.parse(compiled.as_text()), piece.trips)
+    costs = hlo_cost.count(hlo.parse(compiled.as_text()), piece.iterations)
     seconds = roofline(costs, chips, devices)
     stage.runs += piece.runs
     stage.hbm_traffic_bytes += piece.runs * costs.hbm_bytes

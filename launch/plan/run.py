@@ -3,10 +3,8 @@
 
 import os
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # before jax: nothing runs, so no accelerator is taken
-
+# Before jax is imported: nothing runs, so no accelerator is taken.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp
 import ml_collections as mlc
@@ -14,7 +12,9 @@ import ml_collections as mlc
 from launch.plan import chips, predict, stages
 from launch.plan.text import Plan
 from opd_jax import build, parallel
+from opd_jax.config import read
 from opd_jax.model import hf, published, qwen3
+from opd_jax.structs import Vocabulary
 
 EOS_IDS = (151645, 151643)  # Qwen3's; only how many there are is compiled
 
@@ -32,64 +32,52 @@ def assumptions(config: mlc.ConfigDict, **given) -> stages.Assumptions:
 
 
 def plan(config: mlc.ConfigDict, slice_: chips.Slice, assume: stages.Assumptions, report) -> Plan:
-    """Compiles every stage of `config` for a slice. Raises ValueError before it compiles."""
+    """Compiles every stage of `config` for a slice, unless arithmetic shows that one cannot fit.
+
+    Raises ValueError before it compiles.
+    """
     mesh = parallel.build_mesh(config.mesh, list(slice_.devices))
-    found = predict.predict(pieces(config, mesh, assume), slice_, list(mesh.devices.flat), report)
+    step = pieces(config, mesh, assume)
+    found = predict.by_arithmetic(step.least(), slice_)
+    found = found or predict.predict(step, slice_, list(mesh.devices.flat), report)
     tokens = config.data.batch_size * assume.response_mean
     return Plan(slice_, dict(mesh.shape), found, tokens, describe(assume))
 
 
 def pieces(config: mlc.ConfigDict, mesh, assume: stages.Assumptions) -> stages.Pieces:
     """What a step of `config` compiles on `mesh`, read from the config as a run reads it."""
-    parallel.check_rows(config.data.batch_size, "data.batch_size", mesh)
-    sections = {role: config[role] for role in ("student", "teacher", "reference")}
-    models = {role: model_config(section.path) for role, section in sections.items()}
-    objective, _ = build.objective(config.objective)
-    reads = build.selector(config.selector).needs | {"teacher_logp_bt"} | build.WATCHED
-    device = build.on_device(
-        config,
-        mesh,
-        models,
-        eos_ids=EOS_IDS,
-        pad_id=EOS_IDS[-1],
-        vocab_size=models["student"].vocab_size,
-        batch_size=config.data.batch_size,
-        prompt_len=config.data.prompt_len,
-        sample=config.rollout.to_dict(),
-        objective=objective,
-        needs=(objective.needs | reads) - {"spans"},
-        num_steps=config.num_steps,
-        param_dtype=jnp.dtype(config.student.param_dtype),
-    )
+    given = read(config)
+    parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
+    named = build.models(given)
+    models = {role: model_config(source.path, role) for role, source in named.items()}
+    vocabulary = Vocabulary(models["student"].vocab_size, EOS_IDS, pad_id=EOS_IDS[-1])
     params = {
-        role: model and place(model, sections[role].param_dtype, mesh)
+        role: model and sharded_params(model, named[role].param_dtype, mesh)
         for role, model in models.items()
     }
-    return stages.Pieces(
-        device,
-        **params,
-        batch_size=config.data.batch_size,
-        prompt_len=config.data.prompt_len,
-        head_chunk=config.pack.head_chunk,
-        assume=assume,
-    )
+    parts = build.stages(given, mesh, models, vocabulary)
+    return stages.Pieces(parts, given, assume, **params)
 
 
-def model_config(name: str) -> qwen3.Qwen3Config | None:
-    """Shape of a model: known by heart for published hub ids, read from a directory otherwise."""
+def model_config(name: str, role: str) -> qwen3.Qwen3Config | None:
+    """Shape of a model: built in for published hub ids, read from a directory otherwise."""
     if not name:
         return None
-    return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
+    try:
+        return published.CONFIGS.get(name) or qwen3.Qwen3Config.from_hf(hf.resolve(name))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--config.{role}.path={name} cannot be read: {error}") from error
 
 
 def num_experts(config: mlc.ConfigDict) -> int:
     """The most that a model of the config has; 0 = all are dense."""
-    models = (model_config(config[role].path) for role in ("student", "teacher", "reference"))
+    roles = ("student", "teacher", "reference")
+    models = (model_config(config[role].path, role) for role in roles)
     return max(model.num_experts for model in models if model)
 
 
-def place(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:
-    """Parameters in training sharding, without data."""
+def sharded_params(config: qwen3.Qwen3Config, dtype: str, mesh) -> dict:
+    """Parameters as ShapeDtypeStructs in training sharding."""
     shapes = qwen3.param_shapes(config, jnp.dtype(dtype))
     return stages.with_shardings(shapes, parallel.shardings(qwen3.param_axes(config), mesh))
 

@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from opd_jax import parallel, structs
+from opd_jax.config import Settings
 from opd_jax.model import qwen3
 from opd_jax.stages import decode, packing, score, update
+from opd_jax.step import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +42,36 @@ class Piece:
     runs: float  # per step
     lower: Callable[[], jax.stages.Lowered]
     resident: float  # bytes per device that stay in HBM beside what it is given
-    head_trips: float = 1.0  # of the loop over chunks of the vocabulary head
+    head_iterations: float = 1.0  # of the loop over chunks of the vocabulary head
 
-    def trips(self, op_name: str) -> float:
-        """Assumed trips of a loop whose length is data: the head's, or, inside a layer, the pieces
-        of a mixture's assignments, one when experts are evenly loaded."""
+    def iterations(self, op_name: str) -> float:
+        """Assumed iterations of a loop whose length depends on data.
+
+        That is the loop over the head's chunks or, inside a layer, the loop over the pieces of a
+        mixture's assignments: one piece where experts are evenly loaded.
+        """
         in_layer = "while/body" in op_name or "closed_call" in op_name  # scanned, or unrolled
-        return 1.0 if in_layer else self.head_trips
+        return 1.0 if in_layer else self.head_iterations
 
 
 class Pieces:
     """Everything a step compiles.
 
     Args:
-      device: sampler, score and update of the run (`build.on_device`).
+      device: the run's stages (`build.stages`).
+      given: the config.
       student, teacher, reference: parameters as ShapeDtypeStructs with their shardings; there may
         be no reference (None).
-      batch_size: prompts per step, over all hosts.
-      prompt_len: tokens.
-      head_chunk: tokens whose logits exist at once, per device.
     """
 
     def __init__(
-        self, device, *, student, teacher, reference, batch_size, prompt_len, head_chunk, assume
+        self, device: Stages, given: Settings, assume: Assumptions, *, student, teacher, reference
     ):
         self.device, self.assume = device, assume
-        self.batch_size, self.prompt_len, self.head_chunk = batch_size, prompt_len, head_chunk
+        self.batch_size, self.prompt_len = given.data.batch_size, given.data.prompt_len
+        self.head_chunk = given.pack.head_chunk
         self.teacher, self.reference = teacher, reference
-        self.mesh = device.update.mesh
+        self.mesh = device.mesh
         state = jax.eval_shape(device.update.init, student)
         self.state = with_shardings(state, device.update.shardings)
         self.frozen = device_bytes((teacher, reference))  # models that are never updated
@@ -77,6 +82,30 @@ class Pieces:
         yield self._score()
         yield self._accumulate()
         yield self._apply()
+
+    def least(self) -> dict[str, dict[str, float]]:
+        """Stage -> kind -> bytes that a device holds in it, whatever the compiler makes of it.
+
+        By arithmetic alone: parameters, optimizer state, gradients and cache, without temporaries.
+        """
+        sampler, params = self.device.sampler, self.state.params
+        config, backend = sampler.spec.config, sampler.spec.backend
+        shapes = qwen3.param_shapes(config, backend.compute_dtype)
+        weights = with_shardings(
+            shapes, parallel.shardings(qwen3.param_axes(config), self.mesh, parallel.DECODE_RULES)
+        )
+        size = (sampler.num_slots or self.batch_size, sampler.cache_sizes(self.prompt_len)[-1])
+        cache = jax.eval_shape(lambda: qwen3.init_cache(config, *size, backend))
+        spec = parallel.spec(qwen3.CACHE_AXES, self.mesh, parallel.ACTIVATION_RULES)
+        cache = with_shardings(cache, jax.tree.map(lambda _: NamedSharding(self.mesh, spec), cache))
+        state, reference = device_bytes(self.state), device_bytes(self.reference)
+        optimizer = device_bytes(self.state.opt_state)
+        given = {
+            "decode": (self.frozen + state, device_bytes((weights, cache))),
+            "score": (state + reference, device_bytes(self.teacher)),
+            "update": (self.frozen + optimizer, device_bytes((params, self._grads()))),
+        }
+        return {name: dict(resident=a, arguments=b) for name, (a, b) in given.items()}
 
     # --- rollout ---
 
@@ -90,9 +119,9 @@ class Pieces:
         num_slots = sampler.num_slots or self.batch_size
         sizes = sampler.cache_sizes(self.prompt_len)
         resident = self.frozen + device_bytes(self.state)
-        places = decode.init.lower(spec, num_slots, 128).compile().output_shardings
+        shardings = decode.init.lower(spec, num_slots, 128).compile().output_shardings
         slots = {
-            size: with_shardings(decode.init.lower(spec, num_slots, size).out_info, places)
+            size: with_shardings(decode.init.lower(spec, num_slots, size).out_info, shardings)
             for size in sizes
         }
         refill = num_slots if num_slots >= self.batch_size else max(1, num_slots // 4)
@@ -112,10 +141,10 @@ class Pieces:
             )
 
     def _weights(self) -> decode.Weights:
-        """Decode weights, where `decode.prepare` puts them.
+        """Decode weights, with the shardings that `decode.prepare` gives them.
 
-        Asked of a model of one layer: the whole one may not fit, and then nothing compiles. (One
-        that is unrolled has other arrays, and few layers.)
+        They come from compiling a model of one layer, because the full model may not fit and then
+        does not compile. (An unrolled model has other arrays, and few layers.)
         """
         spec, params = self.device.sampler.spec, self.state.params
         config, backend = spec.config, spec.backend
@@ -126,17 +155,18 @@ class Pieces:
         dtype = jax.tree.leaves(params)[0].dtype
         small = with_shardings(qwen3.param_shapes(config, dtype), shardings)
         small_spec = dataclasses.replace(spec, config=config, backend=backend)
-        places = decode.prepare.lower(small_spec, small).compile().output_shardings
-        return with_shardings(decode.prepare.lower(spec, params).out_info, places)
+        sharded = decode.prepare.lower(small_spec, small).compile().output_shardings
+        return with_shardings(decode.prepare.lower(spec, params).out_info, sharded)
 
     def _lower_insert(self, weights, slots, refill: int):
-        rows, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
+        rows, replicated = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         tokens = jax.ShapeDtypeStruct((refill, self.prompt_len), jnp.int32, sharding=rows)
         row = jax.ShapeDtypeStruct((refill,), jnp.int32, sharding=rows)
         source = jax.ShapeDtypeStruct(slots.token_s.shape, jnp.int32, sharding=rows)
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
+        rows = decode.Arrivals(tokens, row, row, row)
         spec = self.device.sampler.spec
-        return decode.insert.lower(spec, weights, slots, key, tokens, row, row, row, source)
+        return decode.insert.lower(spec, weights, slots, key, rows, source)
 
     def _decode_steps(self, sizes: list[int], num_slots: int) -> Iterator[tuple[int, float]]:
         """(cache columns, decode steps with a cache of that size)."""
@@ -159,8 +189,8 @@ class Pieces:
         capacity = self.lines * u.tokens * self.assume.packing
         return max(1, math.ceil(tokens / capacity))
 
-    def _head_trips(self, response_share: float) -> float:
-        """Passes over the head for a full micro-batch, of which this share are response tokens."""
+    def _head_iterations(self, response_share: float) -> float:
+        """Chunks of the head in a full micro-batch, of which this share are response tokens."""
         u = self.device.update
         lines = self.lines // parallel.num_batch_shards(self.mesh)
         slots = max(1, min(u.tokens, self.head_chunk // lines))
@@ -186,7 +216,7 @@ class Pieces:
             self._runs(self.batch_size * tokens),
             lambda: scorer.teacher.lower(self.teacher, batch),  # stacked, as scanned models are
             device_bytes(self.state) + device_bytes(self.reference),
-            self._head_trips(assume.response_mean / tokens),
+            self._head_iterations(assume.response_mean / tokens),
         )
 
     def _accumulate(self) -> Piece:
@@ -199,7 +229,7 @@ class Pieces:
             self._runs(self.batch_size * tokens),
             lambda: u.accumulate.lower(self.state.params, self._grads(), batch, None),
             self.frozen + device_bytes(self.state.opt_state),
-            self._head_trips(supervised / tokens),
+            self._head_iterations(supervised / tokens),
         )
 
     def _update_batch(self):
@@ -225,7 +255,7 @@ class Pieces:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Tree of ShapeDtypeStruct -> the same, placed."""
+    """Tree of ShapeDtypeStruct -> the same with shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+from launch import columns
 from launch.plan.chips import GIB, Slice
 from launch.plan.predict import Stage
 
@@ -101,7 +102,7 @@ def as_table(plan: Plan, advice: list[str]) -> str:
     lines = [
         f"{chips.name}: {chips.num_chips} chips, mesh {mesh}. Per device ({device}) and step:",
         "",
-        *aligned(rows),
+        columns.align(rows),
         "",
         f"assumed    {plan.assumed}",
         f"predicted  {_summary(plan)}",
@@ -137,21 +138,9 @@ def _gib(num_bytes: float | None) -> str:
 
 def _summary(plan: Plan) -> str:
     if plan.step_seconds is None:
-        return "nothing: a stage does not compile"
+        return "nothing: a stage does not fit"
     return (
         f"{plan.step_seconds:.4g} s per step, {plan.utilisation:.0%} of peak FLOP/s, "
         f"{plan.tokens_per_second_per_chip:.4g} response tokens/s/chip, "
         f"{plan.chip_hours:.4g} chip-hours per 100 steps"
     )
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

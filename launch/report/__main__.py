@@ -10,12 +10,16 @@ whose configs differ in the seed alone are shown as one arm with an interval ove
 """
 
 import argparse
+import sys
 
 from etils import epath
 
 from configs import base, study
+from launch import config_flags
 from launch.report import evidence, page
 from launch.study import collect
+from opd_jax.settings import flatten
+from opd_jax.workdir import preemption
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max_tokens", type=int, default=120_000, help="of all shown trajectories; default 120000"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(config_flags.expand_home(sys.argv[1:] if argv is None else argv))
     try:
         runs = collect.find_runs(args.workdir)
         diagnoses = collect.find_diagnoses(args.workdir)
@@ -53,13 +57,15 @@ def make(
     """The report of some runs and diagnoses (collect.find_*) as HTML text."""
     trajectories, left_out = collect.trajectories(runs, limit, max_tokens)
     order = {name: i for i, name in enumerate(study.ARMS)}
-    arms = sorted(collect.arms(runs, study.arm_of), key=lambda arm: order.get(arm.label, 0))
+    arms = sorted(
+        collect.arms(runs, study.arm_of), key=lambda arm: order.get(arm.label, len(order))
+    )
     return page.build(
         runs,
         arms,
         trajectories,
         title=title,
-        base_config=collect.flatten(base.get_config().to_dict()),
+        base_config=flatten(base.get_config().to_dict()),
         left_out=left_out,
         extra=[
             ("Diagnosis", evidence.diagnosis(diagnoses)),
@@ -69,4 +75,5 @@ def make(
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

@@ -13,12 +13,12 @@ CURVES = ("margin", "advantage_variance", "abs_advantage")
 
 
 def comparison(runs: Sequence[collect.Run]) -> str:
-    """The study's tables, where the runs are of a study; "" otherwise."""
+    """The study's tables of two arms or more; "" otherwise."""
     try:
         found = tables.Study(tables.results(runs, study.arm_of), list(study.ARMS))
     except ValueError as error:
         return f'<p class="note">No comparison: {html.escape(str(error))}.</p>'
-    if len(found.arms) < 2 or not found.baselines():
+    if len(found.arms) < 2:
         return ""
     parts = (
         f"<h3>{html.escape(caption)}</h3>{charts.table(head, rows)}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One self-contained HTML file: sections as functions from arms to HTML, put together by `build`.
 
-Nothing is loaded from outside and only our own two scripts may run: a content security policy names
-them by hash, so that a mistake in escaping would still not execute model output.
+Nothing is loaded from outside. A content security policy admits two scripts by their hash, so that
+model output would not run even if it were not escaped.
 """
 
 import base64
@@ -87,7 +87,7 @@ def script_json(value) -> str:
 def headline(runs: Sequence[collect.Run], arms: Sequence[collect.Arm]) -> str:
     if not runs:
         return "Diagnosis before training"
-    commits = sorted({str(r.info.get("commit") or "unknown")[:12] for r in runs})
+    commits = sorted({r.commit[:12] for r in runs})
     steps = sorted({r.rows[-1]["step"] for r in runs if r.rows})
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}" if steps else "no"
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs in {len(arms)} arms"
@@ -95,7 +95,7 @@ def headline(runs: Sequence[collect.Run], arms: Sequence[collect.Arm]) -> str:
 
 
 def tiles(arms: Sequence[collect.Arm]) -> str:
-    """The figures a reader wants first. Of one arm; several arms are compared in tables instead."""
+    """The main figures of one arm; several arms are compared in tables instead."""
     if len(arms) != 1:
         return ""
     out = []
@@ -144,7 +144,7 @@ def what_was_run(runs, arms, base_config: dict) -> str:
                 arm.label,
                 ", ".join(str(r.seed) for r in arm.runs),
                 ", ".join(sorted({str(r.rows[-1]["step"]) for r in arm.runs if r.rows})),
-                str(info.get("commit") or "unknown")[:12],
+                arm.runs[0].commit[:12],
                 str(info.get("started", "–"))[:19],
                 f"{charts.format_number(sum(seconds))} s" if seconds else "–",
                 charts.format_number(float(np.sum(tokens))) if np.sum(tokens) else "–",
@@ -184,7 +184,9 @@ def config_tables(arms: Sequence[collect.Arm], base_config: dict) -> str:
 
 def shown(value) -> str:
     """A config value as text; a tuple reads the same as the list it is in JSON."""
-    return json.dumps(value, default=str) if isinstance(value, list | tuple | str) else str(value)
+    if isinstance(value, list | tuple | str):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    return str(value)
 
 
 # ---------------------------------------------------------------- viewer

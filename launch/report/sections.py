@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections with charts: functions from arms to HTML, "" where a run has nothing to show."""
+"""Sections with charts: functions from arms to HTML, "" where there is nothing to show."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ import numpy as np
 
 from launch.report import charts
 from launch.study import collect
+from opd_jax.algorithm.change_point import STRONG_GAIN
 
-SIGNALS = {  # of algorithm/signals.py -> title, axis
+SIGNALS = {  # name (algorithm/profiles.py) -> title, axis
     "margin": ("Teacher margin among the student's candidates", "margin, nats"),
     "advantage_variance": ("Variance of the advantage over the candidates", "variance, nats²"),
     "abs_advantage": ("Size of the sampled token's advantage", "|log p_T − log p_S|, nats"),
@@ -146,7 +147,7 @@ def releases(arms: Sequence[collect.Arm]) -> str:
             np.linspace(-10, 70, 41),
             charts.Axis("BIC gain"),
             "Beyond the ends: counted in the outer bins. The paper calls more than 6 significant.",
-            mark=(6.0, "6"),
+            mark=(STRONG_GAIN, f"{STRONG_GAIN:g}"),
         ),
         charts.histogram(
             "Rescaling of released rollouts",

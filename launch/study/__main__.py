@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a study: arms against full OPD and the best fixed prefix, paired by seed.
+"""The tables of a study: every arm against full OPD and the best fixed prefix, paired by seed.
 
   python -m launch.study --workdir=runs/study
   python -m launch.study --results=configs/results/collapse --results=configs/results/natural \\
       --readme=docs/evidence.md
 
-From a workdir of runs (configs/study.py) it also writes WORKDIR/study.json, the few numbers that
-the tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under
-the name of its folder; a diagnosis.json there (launch.diagnose) is shown too. --readme puts it all
+Arms of configs/study.py have the names given there, any other arm is named by the keys in which it
+differs. From a workdir of runs the command also writes WORKDIR/study.json, the few numbers that the
+tables need, and WORKDIR/study.md. --results makes the same tables from such a file, each under the
+name of its folder; a diagnosis.json there (launch.diagnose) is shown too. --readme puts it all
 between two marks <!-- study --> of a Markdown file.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from etils import epath
 
 from configs import study as arms
-from launch import diagnose
+from launch import config_flags, diagnose
 from launch.study import collect, tables
+from opd_jax.workdir import preemption
 
 MARK = "<!-- study -->"
 
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "--results", action="append", help="a folder with study.json, diagnosis.json or both"
     )
     parser.add_argument("--readme", default="", help="Markdown file to write the tables into")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(config_flags.expand_home(sys.argv[1:] if argv is None else argv))
     try:
         text = of_workdir(args.workdir) if args.workdir else of_results(args.results)
     except ValueError as error:
@@ -52,7 +55,8 @@ def of_workdir(workdir: str) -> str:
     stored, workdir = read_runs(workdir), epath.Path(workdir)
     text = as_markdown(stored, {})
     lines = ",\n".join(json.dumps(run) for run in stored["runs"])
-    (workdir / "study.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    unfinished = json.dumps(stored["unfinished"])
+    (workdir / "study.json").write_text(f'{{"unfinished": {unfinished}, "runs": [\n{lines}\n]}}\n')
     (workdir / "study.md").write_text(text)
     return text
 
@@ -101,11 +105,13 @@ def read_runs(workdir: str) -> dict:
     stored = tables.results(collect.find_runs([workdir], with_signals=False), arms.arm_of)
     if not stored["runs"]:
         raise ValueError(
-            f"no run below {workdir} is finished and of an arm of configs/study.py; run "
-            f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` first"
+            f"no run below {workdir} is finished, and tables compare finished runs. Run "
+            f"`python -m launch.sweep --config=configs/study.py --workdir={workdir}` to the end, "
+            "or set --workdir to a folder of finished runs"
         )
     return stored
 
 
 if __name__ == "__main__":
-    main()
+    with preemption.stoppable():
+        main()

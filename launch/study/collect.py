@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run directories -> what the report draws. Reads files only; knows nothing of models.
+"""Reads run directories and groups their runs into arms; models are not loaded.
 
 A run is a directory with metrics.jsonl. Runs whose configs differ in the seed alone are one arm.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from etils import epath
 
+from configs import base
 from opd_jax.problems import intervals
+from opd_jax.settings import flatten
 from opd_jax.workdir import records
 
 SEED_KEY = "seed"
@@ -46,6 +49,10 @@ class Run:
     @property
     def seed(self) -> int:
         return int(self.config.get(SEED_KEY, 0))
+
+    @property
+    def commit(self) -> str:
+        return str(self.info.get("commit") or "unknown")
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and finite values of one metric."""
@@ -164,11 +171,14 @@ def _below(path: epath.Path, name: str, depth: int) -> Iterable[epath.Path]:
 
 
 def read_run(path, name: str, with_signals: bool = True) -> Run:
+    """A run; a key that is newer than its config.json has its default, which the run followed."""
     path = epath.Path(path)
+    stored = flatten(records.read_json(path, "config.json"))
+    defaults = json.loads(json.dumps(base.get_config().to_dict())) if stored else {}
     return Run(
         name=name,
         path=path,
-        config=flatten(records.read_json(path, "config.json")),
+        config=flatten(defaults) | stored,
         info=records.read_json(path, "run.json"),
         rows=with_totals(records.read_metrics(path)),
         signals=list(records.read_signals(path)) if with_signals else [],
@@ -192,54 +202,44 @@ def with_totals(rows: Sequence[dict]) -> list[dict]:
     return out
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
 # ---------------------------------------------------------------- arms
 
 
 def arms(
     runs: Sequence[Run], label: Callable[[dict], str | None] = lambda config: None
 ) -> list[Arm]:
-    """Groups runs by config without the seed, in order of first appearance.
+    """Groups runs by config without the seed, in order of first appearance. Every run is in one.
 
-    Arms are called by `label` where that gives each a name of its own, otherwise by the keys in
-    which they differ.
+    An arm is called by `label` where that gives a name and gives it to no other arm. Any other arm
+    is called by its values of the keys in which it differs from the first arm, and the first arm
+    by all keys in which the arms differ.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = repr(sorted((k, repr(v)) for k, v in run.config.items() if k != SEED_KEY))
         groups.setdefault(key, []).append(run)
     firsts = [group[0] for group in groups.values()]
-    names = [label(run.config) for run in firsts] if len(firsts) > 1 else [None]
-    if None in names or len(set(names)) < len(names):
-        differing = [k for k in config_differences(firsts) if k != SEED_KEY]
-        names = [_by_keys(run, differing) for run in firsts]
+    labels = [label(run.config) for run in firsts]
+    names = [
+        name if name and labels.count(name) == 1 else _by_keys(run, firsts)
+        for name, run in zip(labels, firsts, strict=True)
+    ]
     return [
         Arm(name, sorted(group, key=lambda run: run.seed))
         for name, group in zip(names, groups.values(), strict=True)
     ]
 
 
-def _by_keys(run: Run, keys: Sequence[str]) -> str:
-    """An arm's name from the values of the keys in which arms differ."""
-    short = (k.removeprefix("selector.").removeprefix("objective.") for k in keys)
-    parts = [f"{s}={run.config[k]}" for s, k in zip(short, keys, strict=True) if k in run.config]
-    return ", ".join(parts) or run.name
-
-
-def config_differences(runs: Sequence[Run]) -> list[str]:
-    """Keys whose values are not the same in all runs."""
-    keys = sorted({k for run in runs for k in run.config})
+def _by_keys(run: Run, firsts: Sequence[Run]) -> str:
+    """An arm's name from its config: no two arms (each given by its first run) get the same."""
+    others = firsts if run is firsts[0] else firsts[:1]
     missing = object()
-    return [k for k in keys if len({repr(r.config.get(k, missing)) for r in runs}) > 1]
+    parts = []
+    for key, value in sorted(run.config.items()):
+        same = all(repr(other.config.get(key, missing)) == repr(value) for other in others)
+        if key != SEED_KEY and not same:
+            parts.append(f"{key.removeprefix('selector.').removeprefix('objective.')}={value}")
+    return ", ".join(parts) or run.name
 
 
 def trajectories(runs: Sequence[Run], limit: int, max_tokens: int) -> tuple[list[dict], int]:

@@ -23,16 +23,21 @@ PREFIX = "first "  # arms with a fixed prefix
 
 
 def results(runs: Sequence[collect.Run], arm_of: Callable[[dict], str | None]) -> dict:
-    """Everything the tables need of the finished runs that belong to an arm."""
-    out = []
-    for run in runs:
-        arm = arm_of(run.config)
-        curve = [point(row) for row in run.rows if collect.is_finite(row.get("eval/accuracy"))]
-        if arm is not None and curve and curve[-1]["step"] == run.config["num_steps"]:
-            commit = str(run.info.get("commit") or "unknown")
-            known = dict(arm=arm, seed=run.seed, commit=commit, first_rollouts=first_rollouts(run))
-            out.append(known | {"curve": curve})
-    return {"runs": out}
+    """Everything the tables need of the finished runs, of every arm.
+
+    `arm_of`: flat config -> name of a known arm, or None; other arms are named by their keys
+    (collect.arms). `unfinished`: names of the runs that the tables leave out.
+    """
+    out, unfinished = [], []
+    for arm in collect.arms(runs, arm_of):
+        for run in arm.runs:
+            curve = [point(row) for row in run.rows if collect.is_finite(row.get("eval/accuracy"))]
+            if not curve or curve[-1]["step"] != run.config.get("num_steps"):
+                unfinished.append(run.name)
+                continue
+            known = dict(arm=arm.label, seed=run.seed, commit=run.commit)
+            out.append(known | {"first_rollouts": first_rollouts(run), "curve": curve})
+    return {"runs": out, "unfinished": unfinished}
 
 
 def point(row: dict) -> dict:
@@ -85,6 +90,7 @@ class Study:
         known = [arm for arm in order if arm in self.runs]
         self.runs = {a: self.runs[a] for a in [*known, *(x for x in self.runs if x not in known)]}
         self.commits = sorted({run["commit"] for run in stored["runs"]})
+        self.unfinished = stored.get("unfinished", [])
         self.starts = {}
         for run in stored["runs"]:
             if run["first_rollouts"] is not None:
@@ -192,6 +198,7 @@ def accuracy_table(study: Study):
 
 def difference_table(study: Study):
     bases = study.baselines()
+    caption = "In-domain difference at equal updates, supervised tokens and seconds"
     head = ["arm", *(f"− {base}, equal {name}" for base in bases for name in AXES.values())]
     rows = [
         [
@@ -204,7 +211,7 @@ def difference_table(study: Study):
         ]
         for arm in study.arms
     ]
-    return "In-domain difference at equal updates, supervised tokens and seconds", head, rows
+    return caption, head, rows if bases else []
 
 
 def family_table(study: Study):
@@ -239,15 +246,17 @@ def points(interval: intervals.Interval) -> str:
 
 
 def says(study: Study) -> str:
-    """What a reader must know beside the tables."""
+    """The notes below the tables."""
     seeds = sorted({seed for arm in study.runs.values() for seed in arm})
     starts = "the same" if study.equal_starts else "NOT the same"
+    unfinished = ", ".join(study.unfinished)
+    left_out = f" Left out, because not finished: {unfinished}." if unfinished else ""
     return (
         f"Seeds {', '.join(map(str, seeds))}; commit {', '.join(study.commits)}. Per seed, the "
         f"rollouts at update 1 were {starts} in all arms. Brackets: 95 % t interval over seeds, "
         "not corrected for the number of comparisons; differences are paired by seed, in "
         "percentage points. The best fixed prefix is chosen by the figures it is compared on, "
-        "which favours it. Seconds: training without evaluation and compilation."
+        f"which favours it. Seconds: training without evaluation and compilation.{left_out}"
     )
 
 

@@ -6,14 +6,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from opd_jax.algorithm.selector import Selector, check, selection
+from opd_jax.algorithm.selector import Selection, Selector, Signals, selection
+from opd_jax.settings import number
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Selector):
     """Every token: plain on-policy distillation. Paper, baseline OPD."""
 
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         return selection(signals, signals.valid_bt)
 
 
@@ -21,12 +22,9 @@ class Full(Selector):
 class FixedPrefix(Selector):
     """The first `length` tokens. Paper, baselines OPD-1024 to OPD-8192."""
 
-    length: int = 1024
+    length: int = number(1024, least=1)  # tokens
 
-    def __post_init__(self):
-        check(self.length >= 1, "length", self.length, "at least 1 token", 1024)
-
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         release_b = np.minimum(signals.length_b, self.length)
         return selection(signals, signals.position_1t < release_b[:, None], release_b=release_b)
 
@@ -35,12 +33,9 @@ class FixedPrefix(Selector):
 class FixedFraction(Selector):
     """The first `fraction` of each response, at least one token. Control; IW-OPD's Prefix-30."""
 
-    fraction: float = 0.3
+    fraction: float = number(0.3, above=0, most=1)
 
-    def __post_init__(self):
-        check(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]", 0.3)
-
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         release_b = _part(self.fraction, signals.length_b)
         return selection(signals, signals.position_1t < release_b[:, None], release_b=release_b)
 
@@ -49,12 +44,9 @@ class FixedFraction(Selector):
 class SuffixOnly(Selector):
     """The last `fraction` of each response alone. Control; IW-OPD's Suffix-30."""
 
-    fraction: float = 0.3
+    fraction: float = number(0.3, above=0, most=1)
 
-    def __post_init__(self):
-        check(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]", 0.3)
-
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         first_b = signals.length_b - _part(self.fraction, signals.length_b)
         return selection(signals, signals.position_1t >= first_b[:, None])
 
@@ -67,17 +59,18 @@ class GrowingPrefix(Selector):
     and stays there. FastOPD shortens the rollouts as well; here only the supervision grows.
     """
 
-    start_length: int = 256
-    end_length: int = 4096
-    grow_steps: int = 0
+    start_length: int = number(256, least=1)  # tokens
+    end_length: int = number(4096, least=1)  # tokens
+    grow_steps: int = number(0, least=0)  # 0 = the run's
 
-    def __post_init__(self):
-        start, end = self.start_length, self.end_length
-        check(start >= 1, "start_length", start, "at least 1 token", 256)
-        check(end >= start, "end_length", end, f"at least start_length={start}", start)
-        check(self.grow_steps >= 0, "grow_steps", self.grow_steps, ">= 0 (0 = the run)", 0)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start = self.start_length
+        self.require(
+            self.end_length >= start, "end_length", f"at least start_length={start}", start
+        )
 
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         steps = max((self.grow_steps or signals.num_steps) - 1, 1)
         share = min(signals.step / steps, 1.0)
         length = self.start_length + int(share * (self.end_length - self.start_length))
@@ -92,14 +85,11 @@ class PositionWeights(Selector):
     of a row are zero, the share is taken as 0.
     """
 
-    gamma: float = 0.5
+    gamma: float = number(0.5, least=0)
 
-    needs: ClassVar[frozenset] = frozenset({"teacher_logp_bt"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logp_bt"})
 
-    def __post_init__(self):
-        check(self.gamma >= 0, "gamma", self.gamma, "not negative", 0.5)
-
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         size_bt = np.where(signals.usable, np.abs(signals.advantage_bt), 0.0).astype(np.float64)
         total_b1 = size_bt.sum(axis=1, keepdims=True)
         share_bt = (np.cumsum(size_bt, axis=1) - size_bt) / np.where(total_b1 > 0, total_b1, 1.0)
@@ -115,23 +105,20 @@ class TopFraction(Selector):
     batch, at least one token; of equal scores the first in (row, position) order wins.
     """
 
-    fraction: float = 0.2
+    fraction: float = number(0.2, above=0, most=1)
 
     scope: ClassVar[str] = "batch"
     one_per_row: ClassVar[bool] = False  # True: each row keeps its best token in any case
 
-    def __post_init__(self):
-        check(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]", 0.2)
-
-    def parts(self, signals):
+    def parts(self, signals: Signals) -> list[np.ndarray]:
         """What the score is made of: float arrays [B, T], gathered over hosts before `score`."""
         return [signals.student_entropy_bt]
 
-    def score(self, parts):
+    def score(self, parts: list[np.ndarray]) -> np.ndarray:
         """float[N], the score of every usable token of the batch; parts are float64[N]."""
         return parts[0]
 
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         parts = [signals.gather(np.asarray(p, np.float32)) for p in self.parts(signals)]
         usable_bt = signals.gather(signals.usable)
         for part_bt in parts:
@@ -147,7 +134,7 @@ class TopFraction(Selector):
             if self.one_per_row:
                 best_b = np.argmax(score_bt, axis=1)
                 supervised_bt[np.arange(len(best_b)), best_b] |= usable_bt.any(axis=1)
-        return selection(signals, signals.own(supervised_bt))
+        return selection(signals, signals.local(supervised_bt))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +147,12 @@ class Teachability(TopFraction):
     teacher's own tokens are not known before the update, so ours is on the student's set.
     """
 
-    fraction: float = 0.1
+    fraction: float = number(0.1, above=0, most=1)
 
-    needs: ClassVar[frozenset] = frozenset({"teacher_logp_btk"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logp_btk"})
     one_per_row: ClassVar[bool] = True
 
-    def parts(self, signals):
+    def parts(self, signals: Signals) -> list[np.ndarray]:
         teacher_btk = _usable(signals, signals.teacher_logp_btk)
         student_btk = _usable(signals, signals.candidate_logp_btk)
         mass_bt1 = np.logaddexp.reduce(teacher_btk, axis=-1, keepdims=True)
@@ -174,7 +161,7 @@ class Teachability(TopFraction):
         divergence_bt = np.sum(np.exp(teacher_btk) * (teacher_btk - student_btk), axis=-1)
         return [divergence_bt, np.exp(mass_bt1[..., 0])]
 
-    def score(self, parts):
+    def score(self, parts: list[np.ndarray]) -> np.ndarray:
         divergence_n, mass_n = (_unit(part, *np.quantile(part, [0.05, 0.95])) for part in parts)
         return divergence_n * mass_n
 
@@ -188,45 +175,45 @@ class Tip(TopFraction):
     outcome, which is a lower bound of the full one.
     """
 
-    fraction: float = 0.5
+    fraction: float = number(0.5, above=0, most=1)
 
-    needs: ClassVar[frozenset] = frozenset({"teacher_logp_btk"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logp_btk"})
 
-    def parts(self, signals):
+    def parts(self, signals: Signals) -> list[np.ndarray]:
         logp_btk = _usable(signals, signals.candidate_logp_btk)
         logq_btk = _usable(signals, signals.teacher_logp_btk)
         kl_bt = np.sum(np.exp(logp_btk) * (logp_btk - logq_btk), axis=-1)
         p_rest_bt, q_rest_bt = _rest(logp_btk), _rest(logq_btk)
         return [signals.student_entropy_bt, kl_bt + p_rest_bt * np.log(p_rest_bt / q_rest_bt)]
 
-    def score(self, parts):
+    def score(self, parts: list[np.ndarray]) -> np.ndarray:
         entropy_n, divergence_n = (_unit(part, part.min(), part.max()) for part in parts)
         return entropy_n + divergence_n - entropy_n * divergence_n
 
 
-def _usable(signals, value_btk):
+def _usable(signals: Signals, value_btk: np.ndarray) -> np.ndarray:
     """float64[B, T, K], with -1 on tokens that are not usable: those may hold anything."""
     return np.where(signals.usable[..., None], value_btk, -1.0).astype(np.float64)
 
 
-def _part(fraction, length_b):
+def _part(fraction: float, length_b: np.ndarray) -> np.ndarray:
     """ceil(fraction * length), int[B], safe against the product's rounding."""
     return np.ceil(fraction * length_b - 1e-9).astype(np.int64)
 
 
-def _rest(logp_btk):
+def _rest(logp_btk: np.ndarray) -> np.ndarray:
     """Probability outside the candidates; at least float32's rounding, as it comes from float32."""
     return np.maximum(1.0 - np.exp(logp_btk).sum(axis=-1), np.finfo(np.float32).eps)
 
 
-def _unit(value_n, low, high):
+def _unit(value_n: np.ndarray, low: float, high: float) -> np.ndarray:
     """[low, high] to [0, 1], clipped; 0 where there is no spread."""
     if not high > low:
         return np.zeros_like(value_n)
     return np.clip((value_n - low) / (high - low), 0.0, 1.0)
 
 
-SELECTORS = {
+SELECTORS: dict[str, type[Selector]] = {
     "full": Full,
     "fixed_prefix": FixedPrefix,
     "fixed_fraction": FixedFraction,

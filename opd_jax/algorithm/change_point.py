@@ -20,10 +20,39 @@ stays the letter.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from opd_jax.settings import Section, number
+
+STRONG_GAIN = 6.0  # nats of BIC gain the paper calls significant
 TIE = 1e-9  # BICs this close are a tie, and the smallest change point wins
+ROUNDING = 1e-12  # two equal means come out of different sums; relative to the largest score
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    """The test's settings, part of config.selector. The defaults are the paper's letter."""
+
+    section = "selector"
+
+    # Added to every RSS, so that a perfect step has a finite BIC.
+    eps: float = number(1e-12, above=0, why="it keeps log(RSS) finite on a perfect step")
+    # Fewest segments on either side; the module says how often 1, 2 and 3 cut noise.
+    min_side: int = number(1, least=1, why="each side of a change needs a mean")
+    min_gain: float = number(0.0)  # nats that the gain must exceed; 6: "strong evidence"
+    min_drop: float = number(0.0, least=0)  # least mean before - mean after; 0: any drop
+    min_segments: int = number(2, least=0)  # rows with fewer are never cut, but report their gain
+    # True: only drops compete for tau*, our reading of "H1 = single drop". False: find the best
+    # change of either sign, then reject it if it is not a drop.
+    drop_inside_search: bool = True
+    penalty_none: float = number(1.0)  # k_0, the paper's count of parameters
+    penalty_change: float = number(3.0)  # k_1
+
+
+DEFAULT = Settings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,138 +66,100 @@ class Drop:
     best: int  # first segment after the best drop, accepted or not; n when no drop exists
 
 
-def find_drop(
-    score_s,
-    *,
-    eps: float = 1e-12,
-    min_side: int = 1,
-    min_gain: float = 0.0,
-    min_drop: float = 0.0,
-    min_segments: int = 2,
-    drop_inside_search: bool = True,
-    penalty_none: float = 1.0,
-    penalty_change: float = 3.0,
-) -> Drop:
+def find_drop(score_s: ArrayLike, settings: Settings = DEFAULT, **changes: Any) -> Drop:
     r"""The single downward change point of one row, if BIC prefers one. Paper, eq. (3).
 
     .. math::
       BIC_0 = n \log((RSS_0 + eps) / n) + k_0 \log n, \quad
       BIC_1(\tau) = n \log((RSS_1(\tau) + eps) / n) + k_1 \log n
 
-    RSS_0 is about one mean, RSS_1 about one mean per side; k_0 = 1, k_1 = 3. tau* minimises BIC_1
-    among the drops (mean before > mean after); what follows is released iff
+    RSS_0 is about one mean, RSS_1(tau) about the means of x[:tau] and x[tau:]; k_0 = 1, k_1 = 3.
+    tau* minimises BIC_1 among the drops (mean before > mean after); what follows is released iff
     BIC_0 - BIC_1(tau*) > min_gain. BICs within 1e-9 are a tie, which the smallest tau wins.
 
     Args:
       score_s: float[n], finite, one score per segment.
-      eps: added to every RSS, so that a perfect step has a finite BIC. 1e-12: the paper.
-      min_side: fewest segments on either side. 1: the paper's letter; see the module for 2 and 3.
-      min_gain: nats that the gain must exceed. 0: the paper; 6: "strong evidence".
-      min_drop: least mean before - mean after. 0: any drop; the paper names no threshold.
-      min_segments: rows with fewer are never cut, but still report their gain.
-      drop_inside_search: True: only drops compete for tau*, our reading of "H1 = single drop".
-        False: the best change of either sign is found first and rejected if it is no drop.
-      penalty_none, penalty_change: k_0 and k_1; 1 and 3 are the paper's count of parameters.
+      settings: eps, min_side, min_gain and the others of `Settings`.
+      changes: single settings by name, as `min_side=3`.
 
     Returns:
       `Drop`. For n = 0 or 1: index n, gain -inf, both BICs NaN.
 
     Raises:
-      ValueError: scores that are not finite or not one row; a knob out of range.
+      ValueError: scores that are not finite or not one row; a setting out of range.
+    """
+    if changes:
+        settings = dataclasses.replace(settings, **changes)
+    x = centred(score_s)
+    n = len(x)
+    if n < 2:
+        return Drop(n, -np.inf, np.nan, np.nan, best=n)
+    curve = bic_curve(x, settings)
+    tau = np.arange(n + 1)
+    legal = (tau >= settings.min_side) & (tau <= n - settings.min_side)
+    drops = (curve.drop > ROUNDING * np.max(np.abs(x))) & (curve.drop >= settings.min_drop)
+    competes = legal & drops if settings.drop_inside_search else legal
+    bic_change = np.where(competes, curve.bic_change, np.inf)
+    lowest = float(bic_change.min())
+    best = int(np.argmax(bic_change <= lowest + TIE))
+    if not (legal & drops)[best]:
+        return Drop(n, -np.inf, curve.bic_none, np.inf, best=n)
+    gain = curve.bic_none - lowest
+    accepted = gain > settings.min_gain and n >= settings.min_segments
+    return Drop(best if accepted else n, gain, curve.bic_none, lowest, best)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Both hypotheses of eq. (3) on one row; index tau = 0 .. n counts the segments before."""
+
+    bic_none: float  # nats
+    bic_change: np.ndarray  # float64[n + 1], nats
+    drop: np.ndarray  # float64[n + 1], mean before - mean after
+
+
+def bic_curve(x: np.ndarray, settings: Settings = DEFAULT) -> Curve:
+    """BIC_0, and BIC_1 and the drop for every tau, of scores float64[n], n > 0. Paper, eq. (3)."""
+    n, eps = len(x), settings.eps
+    rss_before, mean_before = running(x)  # of x[:tau]
+    rss_after, mean_after = (value[::-1] for value in running(x[::-1]))  # of x[tau:]
+    bic_none = n * np.log((rss_before[n] + eps) / n) + settings.penalty_none * np.log(n)
+    bic_change = n * np.log((rss_before + rss_after + eps) / n) + settings.penalty_change * np.log(
+        n
+    )
+    return Curve(float(bic_none), bic_change, mean_before - mean_after)
+
+
+def running(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """RSS about their own mean, and mean, of the first 0, 1, ..., n values: two float64[n + 1].
+
+    RSS_k = RSS_{k-1} + (x_k - mean_{k-1})^2 (k-1)/k only adds terms >= 0. The textbook sum of
+    squares minus squared sum cancels, and a rounding error of 1e-14 is large beside eps = 1e-12.
+    """
+    count = np.arange(1, len(x) + 1)
+    mean = np.concatenate([[0.0], np.cumsum(x) / count])
+    growth = (x - mean[:-1]) ** 2 * ((count - 1) / count)
+    return np.concatenate([[0.0], np.cumsum(growth)]), mean
+
+
+def centred(score_s: ArrayLike) -> np.ndarray:
+    """A row of finite scores minus its own median, float64[n]; raises ValueError for others.
+
+    Squares of a large common offset would swallow the residuals. The median rather than the mean:
+    it leaves a flat row at exactly zero.
     """
     score_s = np.asarray(score_s, np.float64)
     if score_s.ndim != 1:
         raise ValueError(f"score_s has shape {score_s.shape}; find_drop takes one row, float[n]")
-    drops = find_drops(
-        score_s[None],
-        np.array([len(score_s)]),
-        eps=eps,
-        min_side=min_side,
-        min_gain=min_gain,
-        min_drop=min_drop,
-        min_segments=min_segments,
-        drop_inside_search=drop_inside_search,
-        penalty_none=penalty_none,
-        penalty_change=penalty_change,
-    )
-    return Drop(
-        index=int(drops.index[0]),
-        gain=float(drops.gain[0]),
-        bic_none=float(drops.bic_none[0]),
-        bic_change=float(drops.bic_change[0]),
-        best=int(drops.best[0]),
-    )
-
-
-def find_drops(
-    score_bs,
-    num_segments_b,
-    *,
-    eps: float = 1e-12,
-    min_side: int = 1,
-    min_gain: float = 0.0,
-    min_drop: float = 0.0,
-    min_segments: int = 2,
-    drop_inside_search: bool = True,
-    penalty_none: float = 1.0,
-    penalty_change: float = 3.0,
-) -> Drop:
-    """`find_drop` for every row of a padded batch at once, by prefix sums.
-
-    Args:
-      score_bs: float[B, S], finite where s < num_segments_b; anything behind.
-      num_segments_b: int[B].
-      (others): see `find_drop`.
-
-    Returns:
-      `Drop` whose fields are arrays [B].
-    """
-    check_drop(eps, min_side, min_gain, min_drop)
-    num_b = np.asarray(num_segments_b, np.int64)
-    score_bs = np.asarray(score_bs, np.float64)
-    real_bs = np.arange(score_bs.shape[1]) < num_b[:, None]
-    if not np.all(np.isfinite(score_bs[real_bs])):
+    if not np.all(np.isfinite(score_s)):
         raise ValueError(
             "segment scores must be finite to compare BICs: leave out segments without a usable "
-            "token before "
-            "find_drop (selectors do), as segment_scores marks them NaN"
+            "token, which segment_scores marks as NaN (selectors do)"
         )
-    centred_bs, spread_b = _centre(np.where(real_bs, score_bs, 0.0), real_bs, num_b)
-    rss_none_b, rss_change_bs, drop_bs = _residuals(centred_bs, num_b)
-
-    n_b = np.maximum(num_b, 1).astype(np.float64)
-    bic_none_b = n_b * np.log((rss_none_b + eps) / n_b) + penalty_none * np.log(n_b)
-    bic_bs = n_b[:, None] * np.log((rss_change_bs + eps) / n_b[:, None])
-    bic_bs += penalty_change * np.log(n_b)[:, None]
-
-    tau_s = np.arange(
-        score_bs.shape[1]
-    )  # segments before the change: also the first segment after it
-    legal_bs = (tau_s >= min_side) & (tau_s <= num_b[:, None] - min_side)
-    # Two equal means come out of different sums: a difference of rounding size is no drop.
-    is_drop_bs = (drop_bs > 1e-12 * spread_b[:, None]) & (drop_bs >= min_drop)
-    legal_bs &= is_drop_bs if drop_inside_search else True
-    bic_bs = np.where(legal_bs, bic_bs, np.inf)
-    bic_change_b = np.min(bic_bs, axis=1, initial=np.inf)
-    best_b = np.argmax(bic_bs <= bic_change_b[:, None] + TIE, axis=1) if tau_s.size else num_b
-    found_b = np.isfinite(bic_change_b)
-    if not drop_inside_search and tau_s.size:
-        found_b &= is_drop_bs[np.arange(len(num_b)), best_b]
-    best_b = np.where(found_b, best_b, num_b)
-    bic_change_b = np.where(found_b, bic_change_b, np.inf)
-    gain_b = np.where(found_b, bic_none_b - bic_change_b, -np.inf)
-    released_b = found_b & (gain_b > min_gain) & (num_b >= min_segments)
-    undefined_b = num_b < 2
-    return Drop(
-        index=np.where(released_b, best_b, num_b),
-        gain=gain_b,
-        bic_none=np.where(undefined_b, np.nan, bic_none_b),
-        bic_change=np.where(undefined_b, np.nan, bic_change_b),
-        best=best_b,
-    )
+    return score_s - np.sort(score_s)[len(score_s) // 2] if len(score_s) else score_s
 
 
-def robust_scores(score_s):
+def robust_scores(score_s: ArrayLike) -> np.ndarray:
     """Scores clipped to their 5 to 95 % quantiles, then a running median of three.
 
     Not the paper's: the preset of a public re-implementation, which goes with at least 6 segments
@@ -180,71 +171,3 @@ def robust_scores(score_s):
     clipped_s = np.clip(score_s, *np.quantile(score_s, [0.05, 0.95]))
     padded_s = np.pad(clipped_s, 1, mode="edge")
     return np.median(np.stack([padded_s[:-2], padded_s[1:-1], padded_s[2:]]), axis=0)
-
-
-def check_drop(eps, min_side, min_gain, min_drop) -> None:
-    """Raises ValueError naming the flag unless the knobs of `find_drop` are in range."""
-    if not eps > 0:
-        raise ValueError(
-            f"eps={eps} must be positive, it keeps log(RSS) finite on a perfect step. "
-            "Set --config.selector.eps=1e-12"
-        )
-    if min_side < 1:
-        raise ValueError(
-            f"min_side={min_side} must be at least 1: each side of a change needs a mean. "
-            "Set --config.selector.min_side=1 (the paper) or 3 (few false cuts)"
-        )
-    if np.isnan(min_gain) or not min_drop >= 0:
-        raise ValueError(
-            f"min_gain={min_gain} must be a number and min_drop={min_drop} must not be negative. "
-            "Set --config.selector.min_gain=0.0 --config.selector.min_drop=0.0"
-        )
-
-
-def _centre(score_bs, real_bs, num_b):
-    """Rows minus their own median, and the largest distance from it.
-
-    Squares of a large common offset would swallow the residuals. The median rather than the mean:
-    it leaves a flat row at exactly zero.
-    """
-    if not score_bs.size:
-        return score_bs, np.zeros(len(score_bs))
-    sorted_bs = np.sort(np.where(real_bs, score_bs, np.inf), axis=1)
-    middle_b = np.clip(num_b // 2, 0, score_bs.shape[1] - 1)
-    middle_b = sorted_bs[np.arange(len(num_b)), middle_b]
-    middle_b = np.where(num_b > 0, middle_b, 0.0)
-    centred_bs = np.where(real_bs, score_bs - middle_b[:, None], 0.0)
-    return centred_bs, np.max(np.abs(centred_bs), axis=1)
-
-
-def _residuals(x_bs, num_b):
-    """RSS about one mean [B]; over tau [B, S]: RSS about two means, mean before - mean after."""
-    B, S = x_bs.shape
-    before_bs, mean_before_bs = _running(x_bs)
-    # The same from the end: rows reversed within their own length.
-    source_bs = num_b[:, None] - 1 - np.arange(S)
-    reversed_bs = np.where(
-        source_bs >= 0, np.take_along_axis(x_bs, np.maximum(source_bs, 0), axis=1), 0.0
-    )
-    after_bs, mean_after_bs = _running(reversed_bs)
-    last_b = np.maximum(num_b, 0)
-    rss_none_b = before_bs[np.arange(B), last_b]
-    tau_s = np.arange(S)
-    rest_bs = np.clip(num_b[:, None] - tau_s, 0, S)
-    rss_change_bs = before_bs[:, :S] + np.take_along_axis(after_bs, rest_bs, axis=1)
-    drop_bs = mean_before_bs[:, :S] - np.take_along_axis(mean_after_bs, rest_bs, axis=1)
-    return rss_none_b, rss_change_bs, drop_bs
-
-
-def _running(x_bs):
-    """RSS about their own mean, and mean, of the first 0, 1, ..., S values: two arrays [B, S + 1].
-
-    RSS_k = RSS_{k-1} + (x_k - mean_{k-1})^2 (k-1)/k only adds terms >= 0. The textbook sum of
-    squares minus squared sum cancels, and a rounding error of 1e-14 is large beside eps = 1e-12.
-    """
-    B, S = x_bs.shape
-    zero_b1 = np.zeros((B, 1))
-    count_s = np.arange(1, S + 1)
-    mean_bs = np.concatenate([zero_b1, np.cumsum(x_bs, axis=1) / count_s], axis=1)
-    growth_bs = (x_bs - mean_bs[:, :-1]) ** 2 * ((count_s - 1) / count_s)
-    return np.concatenate([zero_b1, np.cumsum(growth_bs, axis=1)], axis=1), mean_bs

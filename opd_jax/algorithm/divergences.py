@@ -7,7 +7,7 @@ KL(q || p), "jsd" = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1
 after division by beta or 1 - beta: forward KL at 0, reverse KL at 1.
 
 TRL's `generalized_jsd_loss` (1.16) has the same beta, the same ends and natural logs. It differs
-where TRL divides: its default reduction is by batch size, ours is `selectors.loss_weights`; it also
+where TRL divides: its default reduction is by batch size, ours is `weights.loss_weights`; it also
 scales logits by a temperature, ours is 1. TRL's first version (commit 03a860c1) mixed
 *log*-probabilities and swapped the two weights: its beta means something else for every beta.
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 
-def normaliser(logits_nv):
+def normaliser(logits_nv: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest logit and log of the sum of exp(logit - largest), float[n, 1] each.
 
     Log-probs are taken as (logit - largest) - log sum, in this order: next to a logit of 30,
@@ -33,11 +33,10 @@ def normaliser(logits_nv):
 
 
 @jax.custom_vjp
-def logp_at(logits_nv, ids_nk):
+def logp_at(logits_nv: jax.Array, ids_nk: jax.Array) -> jax.Array:
     """Log-probabilities of a few ids, normalised over all of V.
 
-    The gradient is written by hand: it needs one pass over the logits and no scatter for a single
-      id.
+    The gradient is written by hand: it needs one pass over the logits and no scatter for one id.
 
     Args:
       logits_nv: float32[n, V]. ids_nk: int32[n, K], each in [0, V).
@@ -48,13 +47,13 @@ def logp_at(logits_nv, ids_nk):
     return _logp_at_forward(logits_nv, ids_nk)[0]
 
 
-def _logp_at_forward(logits_nv, ids_nk):
+def _logp_at_forward(logits_nv: jax.Array, ids_nk: jax.Array) -> tuple[jax.Array, tuple]:
     top_n1, log_sum_n1 = normaliser(logits_nv)
     logp_nk = (jnp.take_along_axis(logits_nv, ids_nk, axis=-1) - top_n1) - log_sum_n1
     return logp_nk, (logits_nv, top_n1, log_sum_n1, ids_nk)
 
 
-def _logp_at_backward(residuals, g_nk):
+def _logp_at_backward(residuals: tuple, g_nk: jax.Array) -> tuple[jax.Array, None]:
     logits_nv, top_n1, log_sum_n1, ids_nk = residuals
     total_n1 = jnp.sum(g_nk, axis=-1, keepdims=True)
     d_nv = -total_n1 * jnp.exp((logits_nv - top_n1) - log_sum_n1)
@@ -69,7 +68,7 @@ logp_at.defvjp(_logp_at_forward, _logp_at_backward)
 
 
 @jax.custom_vjp
-def logp_and_tail(logits_nv, ids_nk):
+def logp_and_tail(logits_nv: jax.Array, ids_nk: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`logp_at`, and the log of the mass of all other tokens, summed over those: no 1 - sum.
 
     Args:
@@ -81,7 +80,9 @@ def logp_and_tail(logits_nv, ids_nk):
     return _logp_and_tail_forward(logits_nv, ids_nk)[0]
 
 
-def _logp_and_tail_forward(logits_nv, ids_nk):
+def _logp_and_tail_forward(
+    logits_nv: jax.Array, ids_nk: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     logp_nk, residuals = _logp_at_forward(logits_nv, ids_nk)
     _, top_n1, log_sum_n1, _ = residuals
     others_nv = jnp.where(_held(logits_nv, ids_nk), -jnp.inf, logits_nv - top_n1)
@@ -89,7 +90,9 @@ def _logp_and_tail_forward(logits_nv, ids_nk):
     return (logp_nk, tail_n), (*residuals, tail_n)
 
 
-def _logp_and_tail_backward(residuals, g):
+def _logp_and_tail_backward(
+    residuals: tuple, g: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, None]:
     *residuals, tail_n = residuals
     logits_nv, top_n1, log_sum_n1, ids_nk = residuals
     g_nk, g_tail_n1 = g[0], jnp.where(jnp.isfinite(tail_n), g[1], 0.0)[:, None]
@@ -99,7 +102,7 @@ def _logp_and_tail_backward(residuals, g):
     return d_nv + g_tail_n1 * (jnp.exp(own_nv) - jnp.exp(logp_nv)), None
 
 
-def _held(logits_nv, ids_nk):
+def _held(logits_nv: jax.Array, ids_nk: jax.Array) -> jax.Array:
     """bool[n, V], True = one of the ids."""
     rows_n1 = jnp.arange(len(ids_nk))[:, None]
     return jnp.zeros(logits_nv.shape, bool).at[rows_n1, ids_nk].set(True)
@@ -109,7 +112,9 @@ logp_and_tail.defvjp(_logp_and_tail_forward, _logp_and_tail_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def full_divergence(kind, beta, student_nv, teacher_nv):
+def full_divergence(
+    kind: str, beta: float, student_nv: jax.Array, teacher_nv: jax.Array
+) -> jax.Array:
     """Divergence over the whole vocabulary, from logits; the gradient is written by hand.
 
     Args:
@@ -123,14 +128,18 @@ def full_divergence(kind, beta, student_nv, teacher_nv):
     return _full_forward(kind, beta, student_nv, teacher_nv)[0]
 
 
-def _full_forward(kind, beta, student_nv, teacher_nv):
+def _full_forward(
+    kind: str, beta: float, student_nv: jax.Array, teacher_nv: jax.Array
+) -> tuple[jax.Array, tuple]:
     norms = (*normaliser(student_nv), *normaliser(teacher_nv))
     terms_nv = _terms(kind, beta, *_log_probs(student_nv, teacher_nv, norms))
     loss_n = jnp.sum(terms_nv, axis=-1)
     return loss_n, (student_nv, teacher_nv, norms, loss_n)
 
 
-def _full_backward(kind, beta, residuals, g_n):
+def _full_backward(
+    kind: str, beta: float, residuals: tuple, g_n: jax.Array
+) -> tuple[jax.Array, None]:
     student_nv, teacher_nv, norms, loss_n = residuals
     kind = limit_kind(kind, beta)
     logp_nv, logq_nv = _log_probs(student_nv, teacher_nv, norms)
@@ -149,26 +158,28 @@ def _full_backward(kind, beta, residuals, g_n):
 full_divergence.defvjp(_full_forward, _full_backward)
 
 
-def _log_probs(student_nv, teacher_nv, norms):
+def _log_probs(
+    student_nv: jax.Array, teacher_nv: jax.Array, norms: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Log-softmax of both, float[n, V], from their `normaliser`s."""
     top_n1, log_sum_n1, teacher_top_n1, teacher_log_sum_n1 = norms
     logp_nv = (student_nv - top_n1) - log_sum_n1
     return logp_nv, (teacher_nv - teacher_top_n1) - teacher_log_sum_n1
 
 
-def limit_kind(kind, beta):
+def limit_kind(kind: str, beta: float) -> str:
     """The kind that is computed: JSD at the ends of [0, 1] is a KL."""
     if kind == "jsd" and beta in (0.0, 1.0):
         return "reverse_kl" if beta else "forward_kl"
     return kind
 
 
-def _log_mix(beta, p, q):
+def _log_mix(beta: float, p: jax.Array, q: jax.Array) -> jax.Array:
     """log(beta q + (1 - beta) p); where both underflow, the term it appears in is zero anyway."""
     return jnp.log(jnp.maximum(beta * q + (1.0 - beta) * p, jnp.finfo(p.dtype).tiny))
 
 
-def _terms(kind, beta, logp, logq):
+def _terms(kind: str, beta: float, logp: jax.Array, logq: jax.Array) -> jax.Array:
     """The summands of a divergence, one per outcome; 0 where the leading probability is 0."""
     kind = limit_kind(kind, beta)
     p, q = jnp.exp(logp), jnp.exp(logq)
@@ -182,15 +193,15 @@ def _terms(kind, beta, logp, logq):
 
 
 def support_divergence(
-    kind,
-    beta,
-    tail,
-    student_logp_nk,
-    teacher_logp_nk,
-    present_nk,
-    student_tail_n=None,
-    stop_gradient=False,
-):
+    kind: str,
+    beta: float,
+    tail: str,
+    student_logp_nk: jax.Array,
+    teacher_logp_nk: jax.Array,
+    present_nk: jax.Array,
+    student_tail_n: jax.Array | None = None,
+    stop_gradient: bool = False,
+) -> jax.Array:
     """Divergence on a few outcomes, with one of three treatments of all the others.
 
     "bin": the other tokens are one more outcome, so both sides are distributions: >= 0, and a lower
@@ -223,8 +234,8 @@ def support_divergence(
     elif tail == "renormalise":
         student_logp_nk = _renormalise(student_logp_nk, present_nk)
         teacher_logp_nk = _renormalise(teacher_logp_nk, present_nk)
-    # An absent slot takes a finite value before the logs meet: a NaN behind jnp.where still spoils
-    # gradients.
+    # An absent slot takes a finite value before the logs meet: a NaN behind jnp.where would still
+    # spoil gradients.
     student_logp_nk = jnp.where(present_nk, student_logp_nk, 0.0)
     teacher_logp_nk = jnp.where(present_nk, teacher_logp_nk, 0.0)
     terms_nk = _terms(kind, beta, student_logp_nk, teacher_logp_nk)
@@ -237,7 +248,7 @@ def support_divergence(
     return jax.lax.stop_gradient(loss_n) + surrogate_n - jax.lax.stop_gradient(surrogate_n)
 
 
-def _tail(masked_nk):
+def _tail(masked_nk: jax.Array) -> jax.Array:
     """log(1 - mass) of the teacher, [n, 1], from its log-probs on the support alone.
 
     As -expm1(log mass), which keeps the digits where one token holds most of the mass. It is no
@@ -247,7 +258,7 @@ def _tail(masked_nk):
     return jnp.log(jnp.maximum(mass_n1, jnp.finfo(masked_nk.dtype).eps))
 
 
-def _log_mass(masked_nk):
+def _log_mass(masked_nk: jax.Array) -> jax.Array:
     """log sum exp over the last axis, kept; the largest entry enters exactly."""
     top_n1 = jax.lax.stop_gradient(jnp.max(masked_nk, axis=-1, keepdims=True))
     at_top_nk = jnp.arange(masked_nk.shape[-1])[None] == jnp.argmax(masked_nk, -1, keepdims=True)
@@ -258,5 +269,5 @@ def _log_mass(masked_nk):
     return top_n1 + own_n1 + jnp.log1p(rest_n1 * jnp.exp(-own_n1))
 
 
-def _renormalise(logp_nk, present_nk):
+def _renormalise(logp_nk: jax.Array, present_nk: jax.Array) -> jax.Array:
     return logp_nk - _log_mass(jnp.where(present_nk, logp_nk, -jnp.inf))

@@ -8,12 +8,32 @@ log-probs renormalised over the candidates have the same margin.
 Functions take numpy or JAX arrays and keep their dtype, on the host or under jit.
 """
 
+import dataclasses
+
+import jax
 import numpy as np
 
+from opd_jax.settings import Section, choice, number
+
+Array = np.ndarray | jax.Array
 KINDS = ("top1_top2", "top1_mean", "entropy", "advantage_variance")
 
 
-def teacher_margin(teacher_logp_btk):
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    """config.margin; the defaults are the paper's."""
+
+    section = "margin"
+
+    kind: str = choice("top1_top2", KINDS)  # see `margin`
+    include_sampled: bool = False  # True: the sampled token joins the candidates, `with_sampled`
+    temperature: float = number(1.0, above=0, why="it divides both models' log-probs")
+
+
+DEFAULT = Settings()
+
+
+def teacher_margin(teacher_logp_btk: Array) -> Array:
     """M_t, the paper's margin: the teacher's best candidate minus its second best. Eq. (1).
 
     Args:
@@ -34,27 +54,31 @@ def teacher_margin(teacher_logp_btk):
     return sorted_btk[..., -1] - sorted_btk[..., -2]
 
 
-def margin(kind, teacher_logp_btk, student_logp_btk=None, present_btk=None, temperature=1.0):
-    """The margin of the given kind. Paper, eq. (1), and variants to compare it with.
+def margin(
+    settings: Settings,
+    teacher_logp_btk: Array,
+    student_logp_btk: Array | None = None,
+    present_btk: Array | None = None,
+) -> Array:
+    """The margin of the kind that the settings name. Paper, eq. (1), and variants.
 
     "top1_top2": `teacher_margin`, the paper. "top1_mean": the best candidate minus the mean of all.
     "entropy": log K - entropy of the teacher renormalised on the K present candidates, nats below
     the uniform distribution. "advantage_variance": see there; alone in reading student_logp_btk.
 
     Args:
-      kind: one of `KINDS`.
+      settings: kind, and the temperature that divides both models' log-probs before all else.
       teacher_logp_btk: float[..., K], nats.
       student_logp_btk: float[..., K], nats, the student's values of the same candidates.
       present_btk: bool[..., K], True = the slot holds a candidate (`with_sampled`). None = all do.
-      temperature: > 0, divides both models' log-probs before anything else. 1: the paper.
 
     Returns:
       float[...], >= 0.
 
     Raises:
-      ValueError: unknown kind, K < 2, temperature <= 0, or no student_logp_btk where it is read.
+      ValueError: K < 2, or no student_logp_btk where it is read.
     """
-    check_margin(kind, temperature)
+    kind, temperature = settings.kind, settings.temperature
     check_num_candidates(teacher_logp_btk)
     xp = teacher_logp_btk.__array_namespace__()
     if present_btk is None:
@@ -72,15 +96,16 @@ def margin(kind, teacher_logp_btk, student_logp_btk=None, present_btk=None, temp
     if student_logp_btk is None:
         raise ValueError(
             "margin kind 'advantage_variance' needs student_logp_btk, the student's log-probs of "
-            "its candidates; "
-            "pass them, or set --config.margin.kind=top1_top2"
+            "its candidates; pass them, or set --config.margin.kind=top1_top2"
         )
     return advantage_variance(
         teacher_logp_btk / temperature, student_logp_btk / temperature, present_btk
     )
 
 
-def advantage_variance(teacher_logp_btk, student_logp_btk, present_btk=None):
+def advantage_variance(
+    teacher_logp_btk: Array, student_logp_btk: Array, present_btk: Array | None = None
+) -> Array:
     """Var_{a ~ p_S}(A_t(a)) on the candidates, A_t(a) = log p_T(a) - log p_S(a). Eq. (6).
 
     The student is renormalised on its candidates. This variance, not the sampled token's advantage,
@@ -103,7 +128,12 @@ def advantage_variance(teacher_logp_btk, student_logp_btk, present_btk=None):
     return xp.sum(p_btk * (advantage_btk - mean_bt) ** 2, axis=-1)
 
 
-def with_sampled(teacher_logp_btk, student_logp_btk, candidates_btk, sampled):
+def with_sampled(
+    teacher_logp_btk: Array,
+    student_logp_btk: Array | None,
+    candidates_btk: Array,
+    sampled: tuple[Array, Array, Array],
+) -> tuple[Array, Array | None, Array]:
     """Adds the sampled token as candidate K + 1 where the student's top K does not hold it.
 
     Args:
@@ -127,32 +157,17 @@ def with_sampled(teacher_logp_btk, student_logp_btk, candidates_btk, sampled):
     return teacher_btk, student_logp_btk, present_btk
 
 
-def check_margin(kind: str, temperature: float = 1.0) -> None:
-    """Raises ValueError unless `kind` is one of `KINDS` and `temperature` is positive."""
-    if kind not in KINDS:
-        raise ValueError(
-            f"margin kind {kind!r} is unknown; it must be one of {', '.join(KINDS)}. "
-            "Set --config.margin.kind=top1_top2"
-        )
-    if not temperature > 0:
-        raise ValueError(
-            f"margin temperature={temperature} must be positive, it divides log-probs. "
-            "Set --config.margin.temperature=1.0"
-        )
-
-
-def check_num_candidates(logp_btk) -> None:
+def check_num_candidates(logp_btk: Array) -> None:
     """Raises ValueError unless the last axis holds at least two candidates."""
     num = logp_btk.shape[-1] if logp_btk.ndim else 0
     if num < 2:
         raise ValueError(
             f"a margin over K={num} candidates is undefined: it compares the teacher's best with "
-            "its second best, "
-            "so K must be at least 2. Set --config.rollout.num_candidates=4"
+            "its second best, so K must be at least 2. Set --config.rollout.num_candidates=4"
         )
 
 
-def _logsumexp(x_btk):
+def _logsumexp(x_btk: Array) -> Array:
     """log sum exp over the last axis, kept; safe for -inf entries as long as one is finite."""
     xp = x_btk.__array_namespace__()
     top_bt1 = xp.max(x_btk, axis=-1, keepdims=True)

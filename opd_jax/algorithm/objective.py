@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of one supervised token: every objective, its settings and what it reads. Eq. (4)."""
+"""The loss of one supervised token, its settings and what it reads. Eq. (4)."""
 
 import dataclasses
 from typing import Any
@@ -10,66 +10,64 @@ import numpy as np
 from flax import struct
 
 from opd_jax.algorithm import divergences
+from opd_jax.settings import Section, choice, number
 
 KINDS = ("sampled_pg", *divergences.KINDS, "cross_entropy")
 SUPPORTS = ("full", "student_k", "teacher_k", "union")
 TAILS = ("bin", "renormalise", "truncate")
+AGGREGATES = ("row_mean", "token_mean")
+RESCALES = ("sequence", "batch", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """Settings of the per-token loss; hashable: a static argument."""
+class Objective(Section):
+    """What is minimised: the loss of a token, eq. (4), and how tokens are weighed, eq. (5).
 
-    kind: str = "sampled_pg"
-    support: str = "full"  # of divergences: all of V, the student's top K, the teacher's, the union
-    tail: str = "bin"  # of the supports other than full, see divergences.support_divergence
-    top_k: int = 16  # size of the teacher's support; the student's is config.rollout.num_candidates
-    beta: float = 0.5  # of "jsd", see divergences
+    Hashable: a static argument of compiled functions.
+    """
+
+    section = "objective"
+
+    kind: str = choice("sampled_pg", KINDS)
+    support: str = choice("full", SUPPORTS)  # of divergences: all of V, or a top K, or their union
+    tail: str = choice("bin", TAILS)  # of the supports other than full: divergences.py
+    # Size of the teacher's support; the student's is config.rollout.num_candidates.
+    top_k: int = number(16, least=2, why="a support of one token says nothing")
+    beta: float = number(0.5, least=0, most=1, why="it mixes two distributions")  # of "jsd"
     stop_gradient: bool = False  # of "reverse_kl" on a support: fixed per-outcome advantages
-    extrapolation: float = 1.0  # lambda of ExOPD; other than 1 needs a reference model
-    advantage_clip: float = 0.0  # |A| is cut to this, nats; 0 = off (the paper)
-    advantage_floor: float = 0.0  # A is raised to this negative value, nats; 0 = off (the paper)
-    is_threshold: float = 0.0  # limit of the importance ratio trainer / sampler; 0 = no correction
+    extrapolation: float = number(1.0)  # lambda of ExOPD; other than 1 needs a reference model
+    advantage_clip: float = number(0.0, least=0)  # |A| is cut to this, nats; 0 = off (the paper)
+    advantage_floor: float = number(0.0, most=0)  # A is raised to this, nats; 0 = off (the paper)
+    is_threshold: float = number(0.0, least=0)  # cap of the ratio trainer / sampler; 0 = off
+    # Of eq. (5), see weights.py. "row_mean" = mean over rows of row means; "token_mean" = over
+    # tokens. The factor is per "sequence" (the paper), one for the "batch", or "none".
+    aggregate: str = choice("row_mean", AGGREGATES)
+    rescale: str = choice("sequence", RESCALES)
+    max_rescale: float = number(0.0, least=0)  # upper limit of the factor; 0 = none (the paper)
 
-    def __post_init__(self):
-        _check(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}", "sampled_pg")
-        _check(
-            self.support in SUPPORTS,
-            "support",
-            self.support,
-            f"one of {', '.join(SUPPORTS)}",
-            "full",
-        )
-        _check(self.tail in TAILS, "tail", self.tail, f"one of {', '.join(TAILS)}", "bin")
-        _check(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1], it mixes two distributions", 0.5)
-        _check(self.top_k >= 2, "top_k", self.top_k, "at least 2 tokens", 16)
-        _check(
-            self.advantage_clip >= 0, "advantage_clip", self.advantage_clip, ">= 0 (0 = off)", 0.0
-        )
-        _check(
-            self.advantage_floor <= 0,
-            "advantage_floor",
-            self.advantage_floor,
-            "<= 0 (0 = off)",
-            0.0,
-        )
-        _check(self.is_threshold >= 0, "is_threshold", self.is_threshold, ">= 0 (0 = off)", 5.0)
-        _check(np.isfinite(self.extrapolation), "extrapolation", self.extrapolation, "finite", 1.0)
-        top_k_reverse = self.kind == "reverse_kl" and self.support != "full"
-        must = "False unless kind=reverse_kl on a support: only there the two gradients differ"
-        _check(
-            top_k_reverse or not self.stop_gradient,
-            "stop_gradient",
-            self.stop_gradient,
-            must,
-            False,
-        )
-        for name, off in dict(
-            extrapolation=1.0, advantage_clip=0, advantage_floor=0, is_threshold=0
-        ).items():
-            value = getattr(self, name)
-            must = f"{off} with kind={self.kind}: only sampled_pg has an advantage"
-            _check(self.kind == "sampled_pg" or value == off, name, value, must, off)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sampled, partial = self.kind == "sampled_pg", self.support != "full"
+        advantage = "kind sampled_pg, which has an advantage,"
+        read_by = {
+            "support": (self.is_divergence, f"a divergence ({', '.join(divergences.KINDS)})"),
+            "tail": (partial, "a divergence on a support other than full"),
+            "top_k": (self.support in ("teacher_k", "union"), "support teacher_k or union"),
+            "beta": (self.kind == "jsd", "kind jsd"),
+            "stop_gradient": (self.kind == "reverse_kl" and partial, "reverse_kl on a support"),
+            "extrapolation": (sampled, advantage),
+            "advantage_clip": (sampled, advantage),
+            "advantage_floor": (sampled, advantage),
+            "is_threshold": (sampled, advantage),
+        }
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, (is_read, reader) in read_by.items():
+            given = f"kind={self.kind} and support={self.support}"
+            must = f"{default[name]!r} with {given}: only {reader} reads it"
+            ok = is_read or getattr(self, name) == default[name]
+            self.require(ok, name, must, default[name])
+        must = "0 (no limit) or at least 1: rescaling only ever raises a weight"
+        self.require(self.max_rescale == 0 or self.max_rescale >= 1, "max_rescale", must, 0.0)
 
     @property
     def is_divergence(self) -> bool:
@@ -77,7 +75,7 @@ class Objective:
         return self.kind in divergences.KINDS
 
     @property
-    def needs(self) -> frozenset:
+    def needs(self) -> frozenset[str]:
         """The fields of structs.Scores that the objective reads."""
         if self.kind == "sampled_pg":
             reference = {"reference_logp_bt"} if self.extrapolation != 1.0 else set()
@@ -97,7 +95,7 @@ class Targets:
     """What the loss of each token needs beside the student's logits. Unused fields are None.
 
     Leading dims are [..., N]. All are constants: no gradient reaches them. The score stage delivers
-    teacher_ids_k as structs.Scores.teacher_ids_btk (`objectives.logprobs` with num_top).
+    teacher_ids_k as structs.Scores.teacher_ids_btk (`head.logprobs` with num_top).
     """
 
     token: Any  # int32[..., N], the sampled token
@@ -138,24 +136,30 @@ def check_sizes(objective: Objective, num_candidates: int, vocab_size: int) -> N
     if not 2 <= num_candidates <= vocab_size:
         raise ValueError(
             f"num_candidates K={num_candidates} must be from 2 to the vocabulary size "
-            f"{vocab_size}: a margin needs "
-            f"two candidates. Set --config.rollout.num_candidates={min(4, vocab_size)}"
+            f"{vocab_size}: a margin needs two candidates. "
+            f"Set --config.rollout.num_candidates={min(4, vocab_size)}"
         )
     if objective.support in ("teacher_k", "union"):
         must = f"at most the vocabulary size {vocab_size}"
-        _check(objective.top_k <= vocab_size, "top_k", objective.top_k, must, min(16, vocab_size))
+        fits = objective.top_k <= vocab_size
+        objective.require(fits, "top_k", must, min(16, vocab_size))
 
 
-def token_loss(objective: Objective, student_logits_nv, targets_n: Targets, teacher_logits_nv=None):
+def token_loss(
+    objective: Objective,
+    student_logits_nv: jax.Array,
+    targets_n: Targets,
+    teacher_logits_nv: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     r"""Loss of each token, not yet weighted; differentiable in the student's logits alone.
 
-    "sampled_pg", the paper's eq. (4): :math:`-A_t \log p_S(y_t)`, A_t held constant,
-    A_t = log p_T - log p_S. Its value is no divergence; its gradient is an unbiased estimate of
-    reverse KL's. With `extrapolation` lambda (ExOPD, arXiv 2602.12125)
-    A_t = -[(log p_S - log p_ref) - lambda (log p_T - log p_ref)]. For lambda other than 1 a teacher
-    equal to the student leaves (lambda - 1)(log p_S - log p_ref): to go beyond the teacher is its
-    purpose. A is raised to the floor, then clipped, then multiplied by the truncated importance
-    ratio min(p_S / p_sampler, is_threshold) if that is on.
+    "sampled_pg", the paper's eq. (4), with A_t held constant:
+
+    .. math::
+      L_t = -A_t \log p_S(y_t), \quad A_t = \log p_T(y_t) - \log p_S(y_t)
+
+    Its value is no divergence; its gradient is an unbiased estimate of reverse KL's. `_advantage`
+    has the knobs of A_t.
     "cross_entropy": :math:`-\log p_S(y_t)`, supervised training on whatever was sampled.
     The others: `divergences.full_divergence` and `divergences.support_divergence`.
 
@@ -213,8 +217,15 @@ def token_loss(objective: Objective, student_logits_nv, targets_n: Targets, teac
     return loss_n, aux
 
 
-def _advantage(objective, targets_n, aux):
-    """A'_t without the rescaling, float32[n], constant."""
+def _advantage(objective: Objective, targets_n: Targets, aux: dict[str, jax.Array]) -> jax.Array:
+    """A_t of the sampled tokens, float32[n], constant; not yet rescaled (eq. 5).
+
+    With `extrapolation` lambda (ExOPD, arXiv 2602.12125)
+    A_t = -[(log p_S - log p_ref) - lambda (log p_T - log p_ref)]. For lambda other than 1 a teacher
+    equal to the student leaves (lambda - 1)(log p_S - log p_ref): to go beyond the teacher is its
+    purpose. A_t is raised to the floor, then clipped, then multiplied by the truncated importance
+    ratio min(p_S / p_sampler, is_threshold) if that is on.
+    """
     advantage_n = objective.extrapolation * targets_n.teacher_logp - aux["logp"]
     if objective.extrapolation != 1.0:
         advantage_n -= (objective.extrapolation - 1.0) * targets_n.reference_logp
@@ -230,7 +241,7 @@ def _advantage(objective, targets_n, aux):
     return advantage_n
 
 
-def _support(objective, targets_n):
+def _support(objective: Objective, targets_n: Targets) -> tuple[jax.Array, jax.Array, jax.Array]:
     """ids, teacher log-probs and present, each [n, K']: every id of the support counts once."""
     if objective.support == "student_k":
         ids_nk, logp_nk = targets_n.candidates_k, targets_n.teacher_logp_k
@@ -256,7 +267,9 @@ _FIELD_OF_SCORE = {  # name in Objective.needs -> name in Targets
 }
 
 
-def check_targets(objective: Objective, targets: Targets, teacher_logits=None) -> None:
+def check_targets(
+    objective: Objective, targets: Targets, teacher_logits: jax.Array | None = None
+) -> None:
     """Raises ValueError naming the first target that the objective reads and that is None."""
     names = [_FIELD_OF_SCORE[need] for need in sorted(objective.needs) if need in _FIELD_OF_SCORE]
     names += ["candidates_k"] if "teacher_logp_k" in names else []
@@ -265,14 +278,13 @@ def check_targets(objective: Objective, targets: Targets, teacher_logits=None) -
         if getattr(targets, name) is None:
             raise ValueError(
                 f"objective {objective.kind!r} on support {objective.support!r} reads "
-                f"Targets.{name}, which is None; "
-                f"have the score stage deliver {', '.join(sorted(objective.needs))}"
+                f"Targets.{name}, which is None; have the score stage deliver "
+                f"{', '.join(sorted(objective.needs))}"
             )
     if "teacher_hidden_btd" in objective.needs and teacher_logits is None:
         raise ValueError(
             f"objective {objective.kind!r} on support 'full' reads the teacher's logits, which are "
-            "None; pass them "
-            "(teacher hidden states and head in head_loss_and_grads), or set "
+            "None; pass them (teacher hidden states and head in head_loss_and_grads), or set "
             "--config.objective.support=student_k"
         )
 
@@ -280,7 +292,7 @@ def check_targets(objective: Objective, targets: Targets, teacher_logits=None) -
 def check_values(targets: Targets, vocab_size: int) -> None:
     """Raises ValueError for targets that no loss can be taken of. Concrete arrays only.
 
-    Inside a compiled step the same trouble is masked and counted (objectives.head_loss_and_grads).
+    Inside a compiled step the same trouble is masked and counted (head.head_loss_and_grads).
     """
     used = np.array(True) if targets.weight is None else np.asarray(targets.weight) != 0
     for name in ("teacher_logp", "teacher_logp_k", "teacher_ids_logp_k", "reference_logp"):
@@ -298,7 +310,7 @@ def check_values(targets: Targets, vocab_size: int) -> None:
             check_candidates(ids_nk, vocab_size)
 
 
-def check_candidates(ids_nk, vocab_size: int) -> None:
+def check_candidates(ids_nk: np.ndarray | jax.Array, vocab_size: int) -> None:
     """Raises ValueError for candidates that repeat an id or leave the vocabulary; not under jit."""
     ids_nk = np.sort(np.asarray(ids_nk), axis=-1)
     if np.any(ids_nk[..., 1:] == ids_nk[..., :-1]):
@@ -312,9 +324,3 @@ def check_candidates(ids_nk, vocab_size: int) -> None:
             f"candidates run from {ids_nk.min()} to {ids_nk.max()}, outside the vocabulary of "
             f"{vocab_size}: mask padded vocabulary rows before taking the top K"
         )
-
-
-def _check(ok, name, value, must, works):
-    if not ok:
-        flag = f" Set --config.objective.{name}={works}" if works is not None else ""
-        raise ValueError(f"objective {name}={value!r} must be {must}.{flag}")

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachability signals of a batch of rollouts, as sums and counts. Host, numpy.
 
-Where along a response does the teacher's feedback stop to discriminate? `per_token` names the
+Where along a response does the teacher's feedback stop discriminating? `per_token` names the
 quantities, `by_position` bins them by relative position, `by_sentence` by sentence index. Sums and
 counts of rows, hosts and steps add up; divide once, at the end. One step's file
 (records.signals_arrays) is these arrays, and a notebook needs numpy.load alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from opd_jax.algorithm import margin
+from opd_jax.algorithm.segments import Spans
+
+Tokens = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> value_bt, where_bt: of `per_token`
+Arrays = dict[str, np.ndarray]
 
 NUM_BINS = 20  # relative position: bin i holds tokens with i <= 20 t / length < i + 1
 NUM_SENTENCES = 64  # by sentence index; the last entry holds all later sentences
@@ -29,16 +35,16 @@ NAMES = (
 
 def per_token(
     *,
-    usable_bt,
-    supervised_bt,
-    margin_bt=None,
-    teacher_logp_bt=None,
-    sampler_logp_bt=None,
-    teacher_logp_btk=None,
-    candidate_logp_btk=None,
-    student_entropy_bt=None,
-    teacher_entropy_bt=None,
-) -> dict:
+    usable_bt: np.ndarray,
+    supervised_bt: np.ndarray,
+    margin_bt: np.ndarray | None = None,
+    teacher_logp_bt: np.ndarray | None = None,
+    sampler_logp_bt: np.ndarray | None = None,
+    teacher_logp_btk: np.ndarray | None = None,
+    candidate_logp_btk: np.ndarray | None = None,
+    student_entropy_bt: np.ndarray | None = None,
+    teacher_entropy_bt: np.ndarray | None = None,
+) -> Tokens:
     """Every signal that its inputs allow, as name -> (value_bt, where_bt).
 
     Args:
@@ -78,11 +84,11 @@ def per_token(
     return out
 
 
-def by_position(signals: dict, valid_bt, num_bins: int = NUM_BINS) -> dict:
+def by_position(tokens: Tokens, valid_bt: np.ndarray, num_bins: int = NUM_BINS) -> Arrays:
     """Sums and counts by relative position in the response.
 
     Args:
-      signals: of `per_token`.
+      tokens: of `per_token`.
       valid_bt: bool[B, T], True = sampled token; a row's length is its number.
       num_bins: see NUM_BINS.
 
@@ -91,14 +97,19 @@ def by_position(signals: dict, valid_bt, num_bins: int = NUM_BINS) -> dict:
     """
     length_b1 = np.maximum(valid_bt.sum(axis=1, keepdims=True), 1)
     bin_bt = np.arange(valid_bt.shape[1]) * num_bins // length_b1
-    return _sums(signals, bin_bt, valid_bt, num_bins)
+    return _sums(tokens, bin_bt, valid_bt, num_bins)
 
 
-def by_sentence(signals: dict, spans_b, valid_bt, num_sentences: int = NUM_SENTENCES) -> dict:
+def by_sentence(
+    tokens: Tokens,
+    spans_b: Sequence[Spans],
+    valid_bt: np.ndarray,
+    num_sentences: int = NUM_SENTENCES,
+) -> Arrays:
     """Sums and counts by index of the segment; the last entry takes all later segments.
 
     Args:
-      signals: of `per_token`.
+      tokens: of `per_token`.
       spans_b: token spans of every row's segments.
       valid_bt: bool[B, T].
       num_sentences: length of the arrays.
@@ -110,12 +121,12 @@ def by_sentence(signals: dict, spans_b, valid_bt, num_sentences: int = NUM_SENTE
     for b, spans in enumerate(spans_b):
         for i, (start, end) in enumerate(spans):
             bin_bt[b, start:end] = min(i, num_sentences - 1)
-    return _sums(signals, bin_bt, valid_bt, num_sentences)
+    return _sums(tokens, bin_bt, valid_bt, num_sentences)
 
 
-def _sums(signals, bin_bt, valid_bt, num_bins):
+def _sums(tokens: Tokens, bin_bt: np.ndarray, valid_bt: np.ndarray, num_bins: int) -> Arrays:
     out = {}
-    for name, (value_bt, where_bt) in signals.items():
+    for name, (value_bt, where_bt) in tokens.items():
         where_bt = where_bt & valid_bt
         bins = bin_bt[where_bt]
         out[name + "_sum"] = np.bincount(bins, weights=value_bt[where_bt], minlength=num_bins)

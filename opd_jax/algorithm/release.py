@@ -7,57 +7,41 @@ from typing import ClassVar
 import numpy as np
 
 from opd_jax.algorithm import change_point, segments
-from opd_jax.algorithm.selector import Selector, check, check_in, selection
+from opd_jax.algorithm.selector import Selection, Selector, Signals, selection
+from opd_jax.settings import choice, number
 
 ROBUST_SIDE, ROBUST_SEGMENTS = 3, 6  # the least of both that the robust preset asks for
 
 
 @dataclasses.dataclass(frozen=True)
-class Release(Selector):
+class Release(change_point.Settings, Selector):
     """The paper's rule: supervise up to the drop of the segments' margins. Paper, eq. (2) to (4).
 
-    Defaults are the paper's, or our reading where it is silent; `change_point.find_drop` explains
-    the BIC knobs, `segments.segment_scores` the score's. Segments without a usable token are left
-    out of the search. Where no drop is accepted the whole response is supervised.
+      S_i = log(1 + mean of M_t over segment i)            `score`, eq. (2)
+      tau* = where the S_i drop, if BIC prefers a drop     `find_drop`, eq. (3)
+      q_t = 1 before the first token of segment tau* + 1   `supervise`, the mask of eq. (5)
+
+    Defaults are the paper's, or our reading where it is silent. Segments without a usable token are
+    left out of the search. Where no drop is accepted the whole response is supervised.
     """
 
-    aggregate: str = "mean"
-    trim: float = 0.1
-    transform: str = "log1p"
-    eps: float = 1e-12
-    min_side: int = 1  # 2 or 3 is recommended: change_point says how often noise is cut
-    min_gain: float = 0.0
-    min_drop: float = 0.0
-    min_segments: int = 2
-    drop_inside_search: bool = True
-    penalty_none: float = 1.0
-    penalty_change: float = 3.0
+    aggregate: str = choice("mean", segments.AGGREGATES)  # of a segment, segments.segment_scores
+    trim: float = number(0.1, least=0, below=0.5)
+    transform: str = choice("log1p", segments.TRANSFORMS)
     robust: bool = False  # change_point.robust_scores, >= 6 segments, >= 3 per side; not the paper
-    on_no_change: str = "full"  # "prefix": then only the first no_change_length tokens
-    no_change_length: int = 4096
+    on_no_change: str = choice("full", ("full", "prefix"))  # "prefix": the first no_change_length
+    no_change_length: int = number(4096, least=1)  # tokens
     keep_eos: bool = False  # True: a released EOS stays supervised, so that ending is trained
-    min_supervised_tokens: int = 0  # the release point is never before this token
-    tail_weight: float = 0.0  # weight of released tokens; 0 = the paper
+    min_supervised_tokens: int = number(0, least=0)  # the release point is never before this token
+    tail_weight: float = number(0.0, least=0, most=1)  # of released tokens; 0 = the paper
 
-    needs: ClassVar[frozenset] = frozenset({"teacher_logp_btk", "spans"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logp_btk", "spans"})
 
-    def __post_init__(self):
-        change_point.check_drop(self.eps, self.min_side, self.min_gain, self.min_drop)
-        check_in(self.aggregate, "aggregate", segments.AGGREGATES)
-        check_in(self.transform, "transform", segments.TRANSFORMS)
-        check_in(self.on_no_change, "on_no_change", ("full", "prefix"))
-        check(0 <= self.trim < 0.5, "trim", self.trim, "in [0, 0.5)", 0.1)
-        check(0 <= self.tail_weight <= 1, "tail_weight", self.tail_weight, "in [0, 1]", 0.0)
-        length = self.no_change_length
-        check(length >= 1, "no_change_length", length, "at least 1 token", 4096)
-        least = self.min_supervised_tokens
-        check(least >= 0, "min_supervised_tokens", least, "not negative", 0)
-
-    def __call__(self, signals):
+    def __call__(self, signals: Signals) -> Selection:
         return self.supervise(signals, *self.find_release(signals))
 
-    def find_release(self, signals):
-        """release_b int[B] (= length: nothing released), gain_b nats[B], num_segments_b int[B]."""
+    def find_release(self, signals: Signals) -> tuple[np.ndarray, np.ndarray]:
+        """release_b int[B] (= length: nothing released), and gain_b float[B], nats."""
         release_b = signals.length_b
         gain_b = np.full(len(release_b), -np.inf)
         for b, spans in enumerate(signals.spans_b):
@@ -69,9 +53,9 @@ class Release(Selector):
                 release_b[b] = spans[kept_s[drop.index]][0]
             elif self.on_no_change == "prefix":
                 release_b[b] = min(release_b[b], self.no_change_length)
-        return release_b, gain_b, np.array([len(spans) for spans in signals.spans_b], np.int64)
+        return release_b, gain_b
 
-    def score(self, signals, b, spans):
+    def score(self, signals: Signals, b: int, spans: segments.Spans) -> np.ndarray:
         """float64[S], the segment scores of row b; NaN = no usable token."""
         return segments.segment_scores(
             signals.margin_bt[b],
@@ -82,25 +66,18 @@ class Release(Selector):
             transform=self.transform,
         )
 
-    def find_drop(self, score_s):
-        """`change_point.find_drop` with this selector's knobs."""
-        min_side, min_segments = self.min_side, self.min_segments
-        if self.robust:
-            score_s = change_point.robust_scores(score_s)
-            min_side, min_segments = max(min_side, ROBUST_SIDE), max(min_segments, ROBUST_SEGMENTS)
+    def find_drop(self, score_s: np.ndarray) -> change_point.Drop:
+        """`change_point.find_drop` with this selector's settings."""
+        if not self.robust:
+            return change_point.find_drop(score_s, self)
         return change_point.find_drop(
-            score_s,
-            eps=self.eps,
-            min_side=min_side,
-            min_gain=self.min_gain,
-            min_drop=self.min_drop,
-            min_segments=min_segments,
-            drop_inside_search=self.drop_inside_search,
-            penalty_none=self.penalty_none,
-            penalty_change=self.penalty_change,
+            change_point.robust_scores(score_s),
+            self,
+            min_side=max(self.min_side, ROBUST_SIDE),
+            min_segments=max(self.min_segments, ROBUST_SEGMENTS),
         )
 
-    def supervise(self, signals, release_b, gain_b, num_segments_b):
+    def supervise(self, signals: Signals, release_b: np.ndarray, gain_b: np.ndarray) -> Selection:
         """`Selection` for the given release points."""
         length_b = signals.length_b
         least_b = np.minimum(self.min_supervised_tokens, length_b)
@@ -110,7 +87,7 @@ class Release(Selector):
             last_bt = signals.position_1t == length_b[:, None] - 1
             supervised_bt = supervised_bt | (last_bt & signals.finished_b[:, None])
         weight_bt = np.where(supervised_bt, 1.0, self.tail_weight)
-        return selection(signals, supervised_bt, weight_bt, release_b, gain_b, num_segments_b)
+        return selection(signals, supervised_bt, weight_bt, release_b, gain_b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +100,25 @@ class ShuffledRelease(Release):
 
     scope: ClassVar[str] = "batch"
 
-    def deal(self, rng, num_rows):
+    def deal(self, rng: np.random.Generator, num_rows: int) -> np.ndarray:
         """int[num_rows], the row whose release point each row gets."""
         return rng.permutation(num_rows)
 
-    def __call__(self, signals):
-        release_b, gain_b, num_segments_b = self.find_release(signals)
+    def __call__(self, signals: Signals) -> Selection:
+        release_b, gain_b = self.find_release(signals)
         length_b = signals.length_b
-        own_share_b = np.where(length_b > 0, release_b / np.maximum(length_b, 1), 1.0)
-        share_b = signals.gather(own_share_b)
-        share_b = signals.own(share_b[self.deal(signals.rng, len(share_b))])
+        local_share_b = np.where(length_b > 0, release_b / np.maximum(length_b, 1), 1.0)
+        share_b = signals.gather(local_share_b)
+        share_b = signals.local(share_b[self.deal(signals.rng, len(share_b))])
         release_b = np.ceil(share_b * length_b - 1e-9).astype(np.int64)
-        return self.supervise(signals, release_b, gain_b, num_segments_b)
+        return self.supervise(signals, release_b, gain_b)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomRelease(ShuffledRelease):
     """Control: release points drawn with replacement from the batch's own; else as shuffled."""
 
-    def deal(self, rng, num_rows):
+    def deal(self, rng: np.random.Generator, num_rows: int) -> np.ndarray:
         return rng.integers(max(num_rows, 1), size=num_rows)
 
 
@@ -152,9 +129,9 @@ class AdvantageStdRelease(Release):
     `aggregate` and `trim` are not read: the segment's value is the standard deviation.
     """
 
-    needs: ClassVar[frozenset] = frozenset({"teacher_logp_bt", "spans"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logp_bt", "spans"})
 
-    def score(self, signals, b, spans):
+    def score(self, signals: Signals, b: int, spans: segments.Spans) -> np.ndarray:
         return segments.segment_scores(
             signals.advantage_bt[b],
             spans,
@@ -164,7 +141,7 @@ class AdvantageStdRelease(Release):
         )
 
 
-SELECTORS = {
+SELECTORS: dict[str, type[Selector]] = {
     "bic": Release,
     "shuffled_bic": ShuffledRelease,
     "random_bic": RandomRelease,

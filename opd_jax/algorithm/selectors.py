@@ -1,54 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals in, supervised tokens and weights out: the release rule, its controls, its siblings.
+"""config.selector -> a selector: the release rule, its controls, or another method's choice.
 
-To add a selector: a frozen dataclass in baselines.py (or release.py), whose fields are its knobs,
-and its name in that file's `SELECTORS`; config.selector.kind then reaches it. Host, numpy.
+To add a selector: a frozen dataclass in baselines.py (or release.py), whose fields are its
+settings, and its name in that file's `SELECTORS`; --config.selector.kind=NAME then reaches it. A
+setting that configs/base.py lacks keeps its default; one that stands there can be set by flag.
 """
 
 import dataclasses
-from collections.abc import Callable
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from opd_jax.algorithm import baselines, release
-from opd_jax.algorithm.selector import (
-    NEEDS,
-    Selection,
-    Selector,
-    Signals,
-    check,
-    check_in,
-    own_rows,
-)
+from opd_jax.algorithm.selector import Selector
+from opd_jax.settings import Section, choice, flag
 
-__all__ = [
-    "AGGREGATES",
-    "NEEDS",
-    "POSITIONAL",
-    "RESCALES",
-    "SELECTORS",
-    "Selection",
-    "Selector",
-    "Signals",
-    "build",
-    "check_loss_weights",
-    "check_positional",
-    "knobs",
-    "loss_weights",
-    "own_rows",
-]
-
-AGGREGATES = ("row_mean", "token_mean")
-RESCALES = ("sequence", "batch", "none")
-SELECTORS = release.SELECTORS | baselines.SELECTORS
+SELECTORS: dict[str, type[Selector]] = release.SELECTORS | baselines.SELECTORS
 # Those that look at positions alone, at nothing that a model says.
 POSITIONAL = ("full", "fixed_prefix", "fixed_fraction", "suffix_only", "growing_prefix")
+# Stands for the kind's own `fraction`, as the default differs between kinds.
+OWN_FRACTION = 0.0
 
 
-def knobs(kind: str) -> tuple[str, ...]:
-    """Names of the knobs that the selector `kind` has: what `build` takes beside the kind."""
-    check_in(kind, "kind", tuple(SELECTORS))
-    return tuple(field.name for field in dataclasses.fields(SELECTORS[kind]))
+@dataclasses.dataclass(frozen=True)
+class Kind(Section):
+    """config.selector.kind."""
+
+    section = "selector"
+
+    kind: str = choice("bic", tuple(SELECTORS))
+
+
+def of(section: Mapping[str, Any]) -> Selector:
+    """The selector of config.selector, which holds the settings of all kinds.
+
+    Raises:
+      ValueError: an unknown kind, a value out of range, or a setting that the kind does not read
+        and that is not at its default.
+    """
+    values = dict(section)
+    kind = values.pop("kind")
+    own = settings(kind)
+    for name, value in values.items():
+        default = DEFAULTS.get(name, value)
+        if name not in own and value != default:
+            readers = [other for other in SELECTORS if name in settings(other)]
+            raise ValueError(
+                f"config.selector.{name}={value!r} is not read by kind={kind}. Set "
+                f"{flag(f'selector.{name}', default)}, or "
+                f"{flag('selector.kind', readers[0])} ({', '.join(readers)})"
+            )
+    return build(kind, **{name: value for name, value in values.items() if name in own})
+
+
+def build(kind: str, **values: Any) -> Selector:
+    """The selector `kind`, a key of `SELECTORS`, and its settings; others keep their default.
+
+    `fraction=0` stands for the kind's own default.
+
+    Raises:
+      ValueError: an unknown kind or setting, or a value out of range; names a flag that works.
+    """
+    own = settings(kind)
+    for name in values:
+        if name not in own:
+            raise ValueError(
+                f"selector {kind!r} has no setting {name!r}; it has: {', '.join(own) or 'none'}. "
+                f"Leave --config.selector.{name} out, or set another --config.selector.kind"
+            )
+    if values.get("fraction") == OWN_FRACTION:
+        del values["fraction"]
+    return SELECTORS[kind](**values)
+
+
+def settings(kind: str) -> tuple[str, ...]:
+    """Names of the settings that the selector `kind` reads; ValueError for an unknown kind."""
+    return tuple(field.name for field in dataclasses.fields(SELECTORS[Kind(kind).kind]))
+
+
+# Name -> default of every setting of every kind.
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default for cls in SELECTORS.values() for field in dataclasses.fields(cls)
+} | {"fraction": OWN_FRACTION}
 
 
 def check_positional(selector: Selector) -> None:
@@ -63,93 +95,3 @@ def check_positional(selector: Selector) -> None:
             "config.rollout.by='teacher'. Set "
             f"--config.selector.kind=full (or {', '.join(POSITIONAL[1:])})"
         )
-
-
-def build(kind: str, **values) -> Selector:
-    """The selector `kind`, a key of `SELECTORS`, with the given knobs; others keep their default.
-
-    `fraction=0` stands for the kind's own default, as the default differs between kinds.
-
-    Raises:
-      ValueError: an unknown kind or knob, or a value out of range; names a flag that works.
-    """
-    known = knobs(kind)
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"selector {kind!r} has no knob {name!r}; it has: {', '.join(known) or 'none'}. "
-                f"Leave --config.selector.{name} out, or set another --config.selector.kind"
-            )
-    if values.get("fraction") == 0:
-        del values["fraction"]
-    return SELECTORS[kind](**values)
-
-
-def loss_weights(
-    supervised_bt,
-    weight_bt,
-    valid_bt,
-    *,
-    aggregate: str = "row_mean",
-    rescale: str = "sequence",
-    max_rescale: float = 0.0,
-    gather: Callable = own_rows,
-):
-    """Final weights and denominator: loss = sum(weight * token_loss) / sum(denominator).
-
-    Paper, eq. (5): A' = A q (sum l) / (sum l q), l = 1 on every valid token; then a mean over
-    tokens counted *before* cropping. With the defaults this is the mean, over rows that supervise
-    anything, of each row's mean over its supervised tokens. Dividing by supervised tokens after
-    rescaling would count the release twice.
-
-    Args:
-      supervised_bt: bool[B, T], q = 1.
-      weight_bt: float[B, T], the selector's weights. Positive outside supervised_bt only on a soft
-        tail, where it is q as well; inside (IW-OPD) it multiplies the loss and leaves q alone.
-      valid_bt: bool[B, T], l. Give Selection.usable_bt: a bad token counts nowhere.
-      aggregate: "row_mean" = mean over rows of row means; "token_mean" = mean over tokens.
-      rescale: "sequence" = the factor of each row (paper), "batch" = one for all rows, "none".
-      max_rescale: upper limit of the factor; 0 = none (paper).
-      gather: rows of this host -> rows of all hosts; called by "batch" alone, on every host.
-
-    Returns:
-      weight_bt: float32[B, T].
-      denominator: float, this host's. Sum over hosts, then divide once. 0 = nothing supervised.
-
-    Raises:
-      ValueError: an unknown aggregate or rescale, or a limit below 1.
-    """
-    check_loss_weights(aggregate, rescale, max_rescale)
-    valid_bt = np.asarray(valid_bt, bool)
-    taught_b = (supervised_bt & valid_bt).any(axis=1)
-    q_bt = np.where(supervised_bt, 1.0, np.asarray(weight_bt, np.float64))
-    q_b = np.where(taught_b, np.sum(q_bt, axis=1, where=valid_bt), 0.0)
-    length_b = np.where(taught_b, valid_bt.sum(axis=1), 0).astype(np.float64)
-    scale_b = np.ones(len(q_b))
-    if rescale == "sequence":
-        scale_b = length_b / np.where(taught_b, q_b, 1.0)
-    elif rescale == "batch":
-        length, q = np.sum(gather(np.stack([length_b, q_b], axis=1)), axis=0)
-        scale_b = np.full(len(q_b), length / q if q else 1.0)
-    if max_rescale:
-        scale_b = np.minimum(scale_b, max_rescale)
-    if aggregate == "row_mean":
-        scale_b = scale_b / np.where(taught_b, length_b, 1.0)
-    final_bt = np.where(valid_bt & taught_b[:, None], weight_bt * scale_b[:, None], 0.0)
-    denominator = float(taught_b.sum() if aggregate == "row_mean" else length_b.sum())
-    return final_bt.astype(np.float32), denominator
-
-
-def check_loss_weights(aggregate: str, rescale: str, max_rescale: float) -> None:
-    """Raises ValueError naming the flag unless the knobs of `loss_weights` are in range."""
-    check_in(aggregate, "aggregate", AGGREGATES, section="objective")
-    check_in(rescale, "rescale", RESCALES, section="objective")
-    must = "0 (no limit) or at least 1: rescaling only ever raises a weight"
-    check(
-        max_rescale == 0 or max_rescale >= 1,
-        "max_rescale",
-        max_rescale,
-        must,
-        0.0,
-        section="objective",
-    )

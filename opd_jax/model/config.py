@@ -20,6 +20,7 @@ from etils import epath
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
 _MAX_SIZE = 2**31 - 1  # an index of an array
+_MAX_POSITIONS = 32768  # max_position_embeddings where the file has none
 # Key -> the largest whole number it may hold, from 1 on. Layers and experts are enumerated.
 _SIZES = dict.fromkeys(
     (
@@ -30,7 +31,7 @@ _SIZES = dict.fromkeys(
     _MAX_SIZE,
 ) | dict(num_hidden_layers=1024, num_experts=4096, num_local_experts=4096)
 _POSITIVE = {"rms_norm_eps", "rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow"}
-_POSITIVE |= {"mscale", "mscale_all_dim"}
+_POSITIVE |= {"mscale", "mscale_all_dim", "partial_rotary_factor"}
 _BOOLS = {"tie_word_embeddings", "norm_topk_prob", "truncate", "use_sliding_window"}
 _BOOLS |= {"attention_bias"}
 _TEXTS = {"model_type", "hidden_act", "rope_type", "type"}
@@ -106,6 +107,13 @@ class Qwen3Config:
             for i in range(self.num_layers)
         )
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest row that the model is made for; YaRN says it by its factor."""
+        yarn = self.rope_scaling
+        stretched = int(yarn.factor * yarn.original_max_positions) if yarn else 0
+        return max(self.max_positions, stretched)
+
     @classmethod
     def from_hf(cls, directory) -> "Qwen3Config":
         """Reads DIRECTORY/config.json. Raises once, naming everything we cannot compute."""
@@ -162,6 +170,45 @@ class Qwen3Config:
                 mlp_only_layers=list(self.mlp_only_layers),
             )
         return raw
+
+
+def check_context(
+    config: Qwen3Config,
+    prompt_len: int,
+    response_len: int,
+    name: str,
+    prefixes: tuple[str, str] = ("config.data.", "config.rollout."),
+) -> None:
+    """Raises ValueError, with flags that work, unless a prompt and its response fit the context.
+
+    Args:
+      name: of the model in the message: "student", a path.
+      prefixes: of the flags --{}prompt_len and --{}response_len.
+    """
+    row, limit = prompt_len + response_len, config.context
+    if row <= limit:
+        return
+    prompt_flag, response_flag = (
+        f"--{prefix}{key}_len" for prefix, key in zip(prefixes, ("prompt", "response"), strict=True)
+    )
+    if prompt_len < limit:
+        shorter = f"{response_flag}={limit - prompt_len}"
+    else:
+        shorter = f"{prompt_flag}={limit // 2} {response_flag}={limit - limit // 2}"
+    yarn = config.rope_scaling
+    original = yarn.original_max_positions if yarn else config.max_positions
+    scaling = dict(
+        rope_type="yarn",
+        factor=float(math.ceil(row / original)),
+        original_max_position_embeddings=original,
+    )
+    raise ValueError(
+        f"{prompt_flag}={prompt_len} and {response_flag}={response_len} make rows of {row} tokens, "
+        f"and the {name} is made for {limit} (max_position_embeddings in its config.json): beyond "
+        f"them its output has no meaning. Set {shorter}, or stretch the model by YaRN: write "
+        f'"rope_scaling": {json.dumps(scaling)} into its config.json, with the length that it was '
+        "trained on as original_max_position_embeddings (32768 for the first Qwen3)"
+    )
 
 
 def from_dict(raw: dict[str, Any], where: str) -> Qwen3Config:
@@ -248,7 +295,7 @@ def _from_typed(raw: dict[str, Any], where: str) -> Qwen3Config:
         rope_scaling=scaling,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_positions=raw.get("max_position_embeddings", 32768),
+        max_positions=raw.get("max_position_embeddings", _MAX_POSITIONS),
     )
     if raw["model_type"] == "qwen3":
         return config
@@ -270,10 +317,16 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
             f"model_type is {_shown(raw.get('model_type'))}; we compute {sorted(ARCHITECTURES)}: "
             "name a Qwen3 model"
         )
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+    if raw.get("use_sliding_window"):
         problems.append(
             "use_sliding_window is on; every layer here attends to the whole context: use a "
             "checkpoint with use_sliding_window=false"
+        )
+    others = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
+    if others:
+        problems.append(
+            f"layer_types holds {', '.join(others)}; we compute 'full_attention': use another "
+            "checkpoint"
         )
     if raw.get("attention_bias"):
         problems.append(
@@ -291,8 +344,12 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[YaRN | None, float, list[str]]:
-    """Rotary settings of either dialect -> (scaling or None, base, problems)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    """Rotary settings of either dialect -> (scaling or None, base, problems).
+
+    Where both places are filled, `rope_scaling` replaces `rope_parameters` whole, with its base:
+    transformers 5 reads them so, and Qwen3's documentation says to add the former.
+    """
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     # The published dialect has the base at the top level; a class default would be a silently wrong
     # model.
     theta = rope.get("rope_theta", raw.get("rope_theta"))
@@ -300,44 +357,60 @@ def _rope(raw: dict[str, Any]) -> tuple[YaRN | None, float, list[str]]:
     problems = []
     if theta is None:
         problems.append(
-            "rope_theta is missing (neither at the top level nor in rope_parameters): add it"
+            "rope_theta is missing (neither at the top level nor in the rope settings that count: "
+            "rope_scaling if it is there, else rope_parameters): add it"
         )
         theta = 0.0
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(
+            f"partial_rotary_factor is {_shown(raw['partial_rotary_factor'])}; we rotate whole "
+            "heads, as Qwen3 does: use another checkpoint"
+        )
     if kind not in ("default", "yarn"):
         problems.append(
             f"rope_type is {_shown(kind)}; we compute 'default' and 'yarn': use another checkpoint"
         )
+        return None, theta, problems
     unknown = sorted(set(rope) - _ROPE_KEYS - (_YARN_KEYS if kind == "yarn" else set()))
-    if unknown and kind in ("default", "yarn"):
+    if unknown:
         problems.append(
             f"rope settings {unknown} of rope_type {kind!r} are unknown to us: remove them"
         )
-    if kind != "yarn":
+    if kind == "default":
         return None, theta, problems
-    original = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-    factor = rope.get("factor")
-    if factor is None:
-        problems.append("rope_type 'yarn' without a factor: add it (4.0 in Qwen3's documentation)")
-        return None, theta, problems
-    return (
-        YaRN(
-            factor=float(factor),
-            original_max_positions=original,
-            attention_factor=_yarn_attention_factor(rope),
-            beta_fast=float(rope.get("beta_fast") or 32.0),
-            beta_slow=float(rope.get("beta_slow") or 1.0),
-            truncate=bool(rope.get("truncate", True)),
-        ),
-        theta,
-        problems,
-    )
+    yarn, yarn_problems = _yarn(raw, rope)
+    return yarn, theta, problems + yarn_problems
 
 
-def _yarn_attention_factor(rope: dict[str, Any]) -> float | None:
+def _yarn(raw: dict[str, Any], rope: dict[str, Any]) -> tuple[YaRN | None, list[str]]:
+    """`rope`, the settings that count of the file `raw`, with transformers' defaults."""
+    original = rope.get("original_max_position_embeddings")
+    outside = raw.get("original_max_position_embeddings")
+    if None not in (original, outside) and original != outside:
+        return None, [
+            f"original_max_position_embeddings is {outside} at the top level and {original} in "
+            "the rope settings: remove the wrong one"
+        ]
+    longest = raw.get("max_position_embeddings", _MAX_POSITIONS)
+    original = original or outside or longest
+    if "factor" not in rope:
+        return None, ["rope_type 'yarn' without a factor: add it (4.0 in Qwen3's documentation)"]
+    factor = float(longest / original if rope["factor"] is None else rope["factor"])
+    return YaRN(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=_yarn_attention_factor(rope, factor),
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        truncate=bool(rope.get("truncate", True)),
+    ), []
+
+
+def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float | None:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim") and rope["factor"] > 1.0:
-        log = 0.1 * math.log(rope["factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim") and factor > 1.0:
+        log = 0.1 * math.log(factor)
         return (rope["mscale"] * log + 1.0) / (rope["mscale_all_dim"] * log + 1.0)
     return None
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from opd_jax.model import hf_layout
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.hf_files import DTYPES, INDEX, SINGLE, WeightFiles
+from opd_jax.model.hf_files import DTYPES, INDEX, SINGLE, WeightFiles, by_pattern
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHARD_BYTES = 5_000_000_000
@@ -172,8 +172,10 @@ def load(directory, dtype=None, shardings=None) -> tuple[Qwen3Config, dict[str, 
             bar.update(int(np.prod(leaf.shape)))
     if not_finite:
         raise ValueError(
-            f"{directory} holds NaN or infinity in {sorted(not_finite)}: weights must be finite, "
-            "or every loss is NaN. The run that wrote it diverged; use an earlier checkpoint."
+            f"{directory} holds NaN or infinity in {len(not_finite)} tensors: "
+            f"{'; '.join(by_pattern((key, '') for key in sorted(not_finite)))}. Weights must be "
+            "finite, or every loss is NaN. The run that wrote it diverged; use an earlier "
+            "checkpoint."
         )
     return config, params
 
@@ -212,49 +214,48 @@ def _check_headers(config: Qwen3Config, layout, files: WeightFiles) -> None:
     """Raises one ValueError with everything that does not fit; reads no weights."""
     expected = {key: leaf.hf_shape for leaf in layout.values() for key in leaf.keys.flat}
     problems = [
-        f"missing: {key} {list(shape)}"
+        (f"missing: {key}", f" {list(shape)}")
         for key, shape in expected.items()
         if key not in files.entries
     ]
     for key, entry in files.entries.items():
+        shape = list(entry.shape)
         if config.tie_embeddings and key == hf_layout.LM_HEAD:
             problems += _check_tied(files)  # some published files hold the tied head twice
         elif key not in expected:
-            problems.append(f"unused: {key} {list(entry.shape)} in {entry.file}")
+            problems.append((f"unused: {key}", f" {shape}"))
         elif entry.shape != expected[key]:
             problems.append(
-                f"wrong shape: {key} is {list(entry.shape)} in {entry.file}, "
-                f"config.json implies {list(expected[key])}"
+                (f"wrong shape: {key}", f" is {shape}, config.json implies {list(expected[key])}")
             )
         elif entry.dtype not in DTYPES:
             problems.append(
-                f"wrong dtype: {key} is {entry.dtype} in {entry.file}, we read {sorted(DTYPES)}"
+                (f"wrong dtype: {key}", f" is {entry.dtype}, we read {', '.join(sorted(DTYPES))}")
             )
     if problems:
         raise ValueError(
             f"the weights in {files.directory} do not fit its config.json ({len(problems)} "
             "problems). Use the config.json that was published with these weights, or the "
-            "unquantised, unmerged "
-            "model:\n  " + "\n  ".join(problems)
+            "unquantised, unmerged model:\n  " + "\n  ".join(by_pattern(problems))
         )
 
 
-def _check_tied(files: WeightFiles) -> list[str]:
-    """A head stored beside tied embeddings must be the same matrix."""
+def _check_tied(files: WeightFiles) -> list[tuple[str, str]]:
+    """A head stored beside tied embeddings must be the same matrix: problems (name, remark)."""
     head, embed = files.entries[hf_layout.LM_HEAD], files.entries.get(hf_layout.EMBED)
     if embed is None or embed.shape != head.shape:
-        return [
-            f"unused: {hf_layout.LM_HEAD} {list(head.shape)}: config.json ties it to the embedding"
-        ]
+        remark = f" {list(head.shape)}: config.json ties it to the embedding"
+        return [(f"unused: {hf_layout.LM_HEAD}", remark)]
     a, b = files.view(hf_layout.LM_HEAD), files.view(hf_layout.EMBED)
     rows = 4096  # by pieces: whole, the two would be the largest allocation of the load
     for first in range(0, head.shape[0], rows):
         part = slice(first, min(first + rows, head.shape[0]))
         if not np.array_equal(a[part], b[part], equal_nan=True):
-            return [
-                f"unused: {hf_layout.LM_HEAD} differs from {hf_layout.EMBED}, but config.json says "
-                "tie_word_embeddings=true: one of them would be lost. Set it to false"
-            ]
+            remark = (
+                f" differs from {hf_layout.EMBED}, but config.json says tie_word_embeddings=true: "
+                "one of them would be lost. Set it to false"
+            )
+            return [(f"unused: {hf_layout.LM_HEAD}", remark)]
     return []
 
 

@@ -4,6 +4,8 @@ read."""
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ SINGLE = "model.safetensors"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "Download or export the model again."
+_MOST_PATTERNS = 18  # lines of a message about tensors
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,26 @@ class Entry:
     file: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "BF16", ...
+
+
+def by_pattern(tensors: Iterable[tuple[str, str]]) -> list[str]:
+    """Pairs (name, remark) as lines "model.layers.N.mlp.up_proj.weight [64, 32], 28 tensors".
+
+    Tensors whose names differ in the numbers of layer and expert only, and whose remarks are equal,
+    share a line; one that stands alone keeps its name. Further lines than a terminal holds are
+    counted, not shown.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, remark in tensors:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+        groups.setdefault((pattern, remark), []).append(name)
+    lines = [
+        f"{pattern}{remark}, {len(names)} tensors" if len(names) > 1 else f"{names[0]}{remark}"
+        for (pattern, remark), names in groups.items()
+    ]
+    if len(lines) > _MOST_PATTERNS:
+        lines[_MOST_PATTERNS:] = [f"and {len(lines) - _MOST_PATTERNS} further patterns"]
+    return lines
 
 
 class WeightFiles:
@@ -43,7 +66,8 @@ class WeightFiles:
         if lost:
             raise ValueError(
                 f"{directory / INDEX} lists {len(lost)} tensors that its files do not hold: "
-                f"{lost}. The index and the files are of different exports. {_AGAIN}"
+                f"{'; '.join(by_pattern((key, '') for key in lost))}. The index and the files are "
+                f"of different exports. {_AGAIN}"
             )
 
     def _add(self, name: str) -> None:

@@ -10,7 +10,9 @@ The tokenizer is read from files; no code from a model directory runs.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from opd_jax.structs import Vocabulary
 
 Messages = str | Sequence[dict[str, str]] | Sequence[tuple[str, str]]
 
@@ -54,7 +56,8 @@ class Tokenizer:
 
     Attributes:
       token_bytes: bytes of every id, b"" for special tokens.
-      eos_ids: ids that end a response, from the tokenizer and generation_config.json.
+      eos_ids: ids that end a response, of the tokenizer and of generation_config.json (without it
+        config.json).
       pad_id: fills the rest of a row; never read by a model as text.
       vocab_size: one more than the largest id.
     """
@@ -78,6 +81,11 @@ class Tokenizer:
             )
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that sampling must know."""
+        return Vocabulary(self.vocab_size, self.eos_ids, self.pad_id)
 
     def render(self, prompt: Messages, thinking: bool = False) -> str:
         """The prompt as the model sees it, generation prompt included."""
@@ -107,12 +115,43 @@ class Tokenizer:
         return joined.decode("utf-8", "replace")
 
 
-def _generation_eos(directory: pathlib.Path) -> tuple[int, ...]:
+def _generation_eos(directory: pathlib.Path) -> Callable[[int], tuple[int, ...]]:
+    """Reads EOS ids from generation_config.json, or, where there is none, from config.json.
+
+    Returns a function from the vocabulary's size to the ids, which raises if one lies outside.
+    """
     path = directory / "generation_config.json"
     if not path.exists():
-        return ()
-    eos = json.loads(path.read_text()).get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        path = directory / "config.json"
+    if not path.exists():
+        return lambda vocab_size: ()
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): it names the ids that end a response. Correct it, or "
+            "download or export the model again"
+        ) from error
+    eos = raw.get("eos_token_id") if isinstance(raw, dict) else raw
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+    def require(ok: bool, most: str) -> None:
+        if not ok:
+            shown = json.dumps(eos)
+            raise ValueError(
+                f"{path} must be an object whose eos_token_id is an id, a list of ids or null, "
+                f"ids from 0 to {most} of the tokenizer, because a response ends at them; it holds "
+                f"{shown if len(shown) <= 60 else shown[:57] + '...'}. Correct it, or download or "
+                "export the model again"
+            )
+
+    def checked(vocab_size: int) -> tuple[int, ...]:
+        require(all(0 <= i < vocab_size for i in ids), str(vocab_size - 1))
+        return tuple(ids)
+
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    require(isinstance(raw, dict) and whole, "the last")
+    return checked
 
 
 def load_tokenizer(directory) -> Tokenizer:
@@ -126,7 +165,8 @@ def load_tokenizer(directory) -> Tokenizer:
             "model.safetensors, tokenizer.json and tokenizer_config.json; set --config.student.path"
             " and --config.teacher.path to such directories, for example embedded:student"
         )
+    eos_ids = _generation_eos(directory)  # before transformers, whose own error names no file
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(directory), trust_remote_code=False, local_files_only=True
     )
-    return Tokenizer(tokenizer, _generation_eos(directory))
+    return Tokenizer(tokenizer, eos_ids(max(tokenizer.get_vocab().values()) + 1))

@@ -7,8 +7,6 @@ all hosts, R prompts of a refill, J steps of a chunk, C columns of the cache, K 
 
 import dataclasses
 import functools
-import math
-import os
 from typing import Any
 
 import jax
@@ -19,8 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from opd_jax import parallel
 from opd_jax.model import qwen3
 from opd_jax.stages import sampling
-
-BLOCK_BYTES = 2**19  # of a head on a CPU: a share of one core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +38,6 @@ class Spec:
         """The head is stored transposed: only the CPU's bf16 matmul is slow otherwise."""
         return parallel.platform(self.mesh) == "cpu" and self.head_dtype == jnp.bfloat16
 
-    @property
-    def head_in_blocks(self) -> bool:
-        """`product_in_blocks` is faster for 2 to 24 rows: in float32, on one core, whose cache does
-        not hold all. XLA divides a plain matmul over more cores."""
-        alone = parallel.platform(self.mesh) == "cpu" and self.mesh.size == 1 and _one_core()
-        size = self.config.vocab_size * self.config.hidden_size * 4
-        return alone and size > BLOCK_BYTES
-
-
-def _one_core() -> bool:
-    """Only Linux says which cores the process may use; elsewhere it has several."""
-    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
-
 
 @struct.dataclass
 class Weights:
@@ -66,17 +49,25 @@ class Weights:
 
 @struct.dataclass
 class Slots:
-    """S rows being decoded. A free slot keeps stepping in place; what it writes nobody reads."""
+    """S rows being decoded. Free slots still run every step; their output is ignored."""
 
     cache: qwen3.Cache  # columns before position_s are written
-    token_s: (
-        jax.Array
-    )  # int32[S], the next token to feed: the last of the prompt, then the last drawn
+    token_s: jax.Array  # int32[S], fed next: the last of the prompt, then the last drawn
     position_s: jax.Array  # int32[S], its column
     t_s: jax.Array  # int32[S], response token that is drawn next
     limit_s: jax.Array  # int32[S], response tokens at most
     active_s: jax.Array  # bool[S], True = decoding, False = free
     key_s: jax.Array  # key[S], of the row: token t is drawn with fold_in(key, t)
+
+
+@struct.dataclass
+class Arrivals:
+    """R rows that are to be prefilled. Rows that are no prompt are never moved into a slot."""
+
+    tokens_rp: jax.Array  # int32[R, P], the prompt from column 0 on
+    length_r: jax.Array  # int32[R], tokens of the prompt
+    row_r: jax.Array  # int32[R], index in the global batch: names the sampling key
+    limit_r: jax.Array  # int32[R], response tokens at most
 
 
 @struct.dataclass
@@ -147,12 +138,22 @@ def grow(spec: Spec, slots: Slots, columns: int) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def insert(spec, weights, slots, key_data, tokens_rp, length_r, row_r, limit_r, source_s) -> Slots:
-    """Prefills R prompts and moves them into slots. source_s: int32[S], the shard's own, -1 = stay.
+def insert(
+    spec: Spec,
+    weights: Weights,
+    slots: Slots,
+    key_data: jax.Array,
+    rows: Arrivals,
+    source_s: jax.Array,
+) -> Slots:
+    """Prefills R prompts and moves them into slots.
+
+    source_s: int32[S], which of its shard's arrivals moves into the slot; -1 = none.
 
     The cache gets all tokens of a prompt; the first decode step feeds the last one again, so that
     every response token is drawn in one place.
     """
+    tokens_rp, length_r = rows.tokens_rp, rows.length_r
     R, P = tokens_rp.shape
     shards = parallel.num_batch_shards(spec.mesh)
     fresh = qwen3.init_cache(spec.config, R, P, spec.backend)
@@ -174,15 +175,15 @@ def insert(spec, weights, slots, key_data, tokens_rp, length_r, row_r, limit_r, 
     last_r = jnp.maximum(length_r - 1, 0)
     token_r = jnp.take_along_axis(tokens_rp, last_r[:, None], axis=1)[:, 0]
     key = jax.random.wrap_key_data(key_data)
-    key_r = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_r)
+    key_r = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows.row_r)
     # A prompt without tokens has nothing to condition on: its response is empty.
     new = Slots(
         cache=slots.cache,
         token_s=token_r,
         position_s=last_r,
         t_s=start_r,
-        limit_s=limit_r,
-        active_s=(limit_r > 0) & (length_r > 0),
+        limit_s=rows.limit_r,
+        active_s=(rows.limit_r > 0) & (length_r > 0),
         key_s=key_r,
     )
     cache = jax.tree.map(cached, fresh, slots.cache)
@@ -280,32 +281,8 @@ def _step(spec, weights, slots, drawn, j) -> tuple[Slots, Drawn]:
 def logits(spec, head, hidden_sd) -> jax.Array:
     """float32[S, V]. Whole rows: the sums of `sampling` would cross shards at every step."""
     hidden_sd = hidden_sd.astype(head.dtype)
-    if spec.head_in_blocks and 2 <= len(hidden_sd) <= 24:  # XLA would pack a block for more rows
-        return product_in_blocks(hidden_sd, head)
     dims = "sd,dv->sv" if spec.head_is_dv else "sd,vd->sv"
     logits_sv = jnp.einsum(dims, hidden_sd, head, preferred_element_type=jnp.float32)
+    # In two steps: in one, XLA would gather the head at every token in place of the logits.
+    logits_sv = spec.backend.shard(logits_sv, ("batch", "vocab"))
     return spec.backend.shard(logits_sv, ("batch", None))
-
-
-def product_in_blocks(hidden_sd, head_vd, block_bytes=BLOCK_BYTES) -> jax.Array:
-    """float32[S, V], `hidden_sd @ head_vd.T` by blocks of the head that a core's cache holds.
-
-    A matmul packs the whole head for a few rows at every step. Here blocks are copied to the cache
-    and read there as they lie; their rows come from four places at once, which memory answers
-    faster than one.
-    """
-    (S, D), V = hidden_sd.shape, len(head_vd)
-    places = math.gcd(V, 4)
-    head_pnd = head_vd.reshape(places, -1, D)
-    N = head_pnd.shape[1]
-    width = min(N, max(1, block_bytes // (places * D * head_vd.dtype.itemsize)))
-
-    def block(i, logits_spn):
-        start = i * width  # both slices move the last one back to where it ends with the head
-        block_pwd = jax.lax.dynamic_slice_in_dim(head_pnd, start, width, axis=1)
-        block_wpd = block_pwd.transpose(1, 0, 2)  # the copy, and from four places
-        product_spw = jnp.einsum("sd,wpd->spw", hidden_sd, block_wpd)
-        return jax.lax.dynamic_update_slice_in_dim(logits_spn, product_spw, start, axis=2)
-
-    zeros = jnp.zeros((S, places, N), jnp.float32)
-    return jax.lax.fori_loop(0, -(-N // width), block, zeros).reshape(S, V)

@@ -8,7 +8,7 @@ cut off can go on.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,13 +16,42 @@ import jax
 import numpy as np
 
 from opd_jax import parallel, structs
-from opd_jax.problems import intervals, task, verify
+from opd_jax.problems import datasets, intervals, task, verify
 from opd_jax.problems.tokenizer import Tokenizer
+from opd_jax.settings import Section, flag, number
 from opd_jax.stages import rollout
 
 CALL_BATCHES = 8  # a call of the sampler takes so many batches of rows: bounds the host's memory
 MAX_PROBLEMS = 1 << 20  # row = index * MAX_PROBLEMS + problem names the sampling key
 MAX_SAMPLES = 1 << 11  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    section = "evaluate"
+
+    every_steps: int = number(20, least=0)  # 0: only before the first and after the last update
+    source: str = datasets.EMBEDDED  # as `data.source`; "" = no evaluation
+    num_problems: int = number(250, least=0)  # held-out, in-domain, over all families
+    num_ood_problems: int = number(50, least=0)  # of the embedded held-out family; 0 = none
+    num_samples: int = number(1, least=1, most=MAX_SAMPLES)  # responses per problem
+    batch_size: int = number(64, least=1)  # responses sampled at once, over all hosts
+    teacher: bool = True  # evaluate the teacher once, at the end, for the final table
+
+
+def held_out(settings: Settings) -> dict[str, list[task.Example]]:
+    """Metric prefix -> the problems evaluated under it."""
+    wanted = {}
+    if settings.source and settings.num_problems:
+        wanted[""] = ("heldout", settings.num_problems)
+    if settings.source == datasets.EMBEDDED and settings.num_ood_problems:
+        wanted["ood_"] = ("ood", settings.num_ood_problems)
+    sets = {}
+    for prefix, (split, most) in wanted.items():
+        problems = datasets.build_dataset(settings.source, split)
+        sets[prefix] = [problems[i] for i in range(min(most, len(problems)))]
+        check_ids(sets[prefix], flag("evaluate.source", settings.source))
+    return sets
 
 
 def build(
@@ -89,6 +118,7 @@ class Evaluator:
         called after every chunk of decoding, equally often on all hosts; it may raise to give up.
         """
         check_sizes(len(examples), num_samples)
+        check_ids(examples, group or "the evaluation set")
         ids = [self.tokenizer.encode_prompt(e.prompt, self.thinking) for e in examples]
         check_prompts(examples, ids, self.prompt_len)
         done = set(done)
@@ -96,7 +126,7 @@ class Evaluator:
             (problem, index)
             for index in range(num_samples)
             for problem, example in enumerate(examples)
-            if (example.id, index) not in done
+            if (str(example.id), index) not in done
         ]
         size = CALL_BATCHES * self.batch_size
         for start in range(0, len(todo), size):
@@ -149,7 +179,10 @@ class Evaluator:
         return [self.tokenizer.decode(tokens_t[valid_t].tolist()) for tokens_t, valid_t in rows]
 
     def _sample(self, example, index, group, response, correct, num_tokens, finished) -> dict:
-        """Attempt `index` at a problem; `given` is the answer it gave, None when it gave none."""
+        """Attempt `index` at a problem; `given` is the answer it gave, None when it gave none.
+
+        `correct` is None where the problem has no answer to verify it by.
+        """
         boxed = verify.last_boxed(response)
         return dict(
             group=group,
@@ -160,10 +193,32 @@ class Evaluator:
             response=response,
             given=None if boxed is None else verify.normalise(boxed),
             answer=example.answer,
-            correct=bool(correct),
+            correct=bool(correct) if example.answer else None,
             num_tokens=int(num_tokens),
             finished=bool(finished),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a run evaluates a model on."""
+
+    evaluator: Evaluator
+    sets: dict[str, list[task.Example]]  # metric prefix -> problems
+    num_samples: int
+
+    def __call__(
+        self, params: Any, key: jax.Array, between: Callable[[], None]
+    ) -> tuple[dict[str, float], list[dict]]:
+        """Metrics and samples over all sets; arguments as `Evaluator`'s."""
+        row, samples = {}, []
+        for prefix, examples in self.sets.items():
+            found, sampled = self.evaluator(
+                params, examples, self.num_samples, key, prefix, between=between
+            )
+            row |= found
+            samples += sampled
+        return row, samples
 
 
 # ---------------------------------------------------------------- numbers from samples
@@ -174,23 +229,27 @@ def summary(samples: Sequence[dict], prefix: str = "") -> dict[str, float]:
 
     accuracy is avg@n, the mean over problems of the share of correct samples, with a 95 % bootstrap
     interval over problems. With n > 1 also unbiased pass@k for k = 2, 4, 8 ... n, and majority@n.
-    Problems that have fewer samples than the others (an evaluation under way) are left out.
+    Problems that have fewer samples than the others (an evaluation under way) are left out. Those
+    without an answer count for length, truncation and no_answer_rate only: where no problem has
+    one, there is no accuracy.
     """
-    correct_pn, given_pn, families = table(samples)
-    num_problems, num_samples = correct_pn.shape
-    if not num_problems:
+    if not samples:
         return {}
     name = f"eval/{prefix}"
-    accuracy = intervals.bootstrap(correct_pn.mean(axis=1))
     out = {
-        f"{name}accuracy": accuracy.mean,
-        f"{name}accuracy_low": accuracy.low,
-        f"{name}accuracy_high": accuracy.high,
-        f"{name}num_problems": num_problems,
         f"{name}length_mean": float(np.mean([s["num_tokens"] for s in samples])),
         f"{name}truncation_rate": float(np.mean([not s["finished"] for s in samples])),
         f"{name}no_answer_rate": float(np.mean([s["given"] is None for s in samples])),
     }
+    correct_pn, given_pn, families = table([s for s in samples if s["correct"] is not None])
+    num_problems, num_samples = correct_pn.shape
+    out[f"{name}num_problems"] = num_problems
+    if not num_problems:
+        return out
+    accuracy = intervals.bootstrap(correct_pn.mean(axis=1))
+    out[f"{name}accuracy"] = accuracy.mean
+    out[f"{name}accuracy_low"] = accuracy.low
+    out[f"{name}accuracy_high"] = accuracy.high
     for family in sorted(set(families)):
         rows = correct_pn[[f == family for f in families]]
         out[f"{name}{family}/accuracy"] = float(rows.mean())
@@ -226,6 +285,17 @@ def check_sizes(num_problems: int, num_samples: int) -> None:
             f"{num_problems} problems with {num_samples} samples each: an evaluation takes 1 to "
             f"{MAX_PROBLEMS} problems and 1 to {MAX_SAMPLES} samples, because a row's number names "
             "its sampling key. Set --config.evaluate.num_samples=1"
+        )
+
+
+def check_ids(examples: Sequence[task.Example], where: str) -> None:
+    """Raises unless every problem has an id of its own: samples are stored and counted by it."""
+    counts = Counter(str(example.id) for example in examples)
+    if repeated := [id_ for id_, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"{where}: {len(repeated)} ids belong to several problems, first {repeated[0]!r} "
+            f"({counts[repeated[0]]} times): samples are stored by id, so all but one of such "
+            'problems would be lost. Give every problem an "id" of its own, or none an "id"'
         )
 
 

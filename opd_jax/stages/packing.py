@@ -15,6 +15,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opd_jax.settings import Section, number
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The one compiled shape of score and update."""
+
+    rows: int  # packed rows, over all hosts
+    tokens: int  # of a packed row
+    chunk: int  # tokens whose logits exist at once, per device
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    section = "pack"
+
+    micro_batch_rows: int = number(0, least=0)  # packed rows, over all hosts; 0: `default_shape`
+    micro_batch_tokens: int = number(0, least=0)  # of a packed row; 0: `default_shape`
+    head_chunk: int = number(128, least=1)  # tokens whose logits exist at once, per device
+
+    def micro_batch(
+        self, prompt_len: int, response_len: int, batch_size: int, num_shards: int
+    ) -> MicroBatch:
+        """The shape for `batch_size` rows of at most prompt_len + response_len tokens."""
+        rows, tokens = default_shape(
+            prompt_len=prompt_len,
+            response_len=response_len,
+            batch_size=batch_size,
+            num_shards=num_shards,
+        )
+        rows, tokens = self.micro_batch_rows or rows, self.micro_batch_tokens or tokens
+        check_shape(prompt_len, response_len, rows, tokens)
+        return MicroBatch(rows, tokens, self.head_chunk)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -133,7 +167,7 @@ def plan(
     if not prompt_valid_bp[:, -1:].all() or (np.diff(prompt_valid_bp.astype(np.int8)) < 0).any():
         raise ValueError(
             "prompt_valid_bp must be left-padded, a token at least per row: a response starts "
-            "right after column P - 1. Build prompts with data.PromptStream."
+            "right after column P - 1. Build prompts with prompts.PromptStream."
         )
     any_b = needed_bt.any(axis=1)
     last_b = T - 1 - np.argmax(needed_bt[:, ::-1], axis=1)

@@ -5,6 +5,7 @@ Grain shuffles every epoch by the seed. The cursor of a stream is the number of 
 resuming is exact; row b of a global batch is the same problem for any number of hosts.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,21 @@ from absl import logging
 
 from opd_jax import structs
 from opd_jax.problems import task
+from opd_jax.problems.datasets import EMBEDDED
 from opd_jax.problems.tokenizer import Tokenizer
+from opd_jax.settings import Section, choice, number
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    section = "data"
+
+    source: str = EMBEDDED  # or a JSONL file
+    batch_size: int = number(32, least=1)  # prompts per step, over all hosts
+    prompt_len: int = number(64, least=1)  # tokens, template included
+    too_long: str = choice("raise", ("raise", "drop"))  # a prompt over prompt_len
+    on_error: str = choice("raise", ("raise", "skip"))  # a bad line of the file
+    thinking: bool = False  # the chat template's thinking mode
 
 
 class PromptStream:
@@ -30,20 +45,17 @@ class PromptStream:
         self,
         source: Sequence[task.Example],
         tokenizer: Tokenizer,
+        settings: Settings,
         *,
-        batch_size: int,
-        prompt_len: int,
         seed: int,
         host_index: int = 0,
         host_count: int = 1,
-        too_long: str = "raise",
-        thinking: bool = False,
     ):
-        """`batch_size`: prompts per step over all hosts. `too_long`: "raise" or "drop"."""
         import grain
 
+        batch_size, prompt_len = settings.batch_size, settings.prompt_len
         per_host = max(1, batch_size // host_count)
-        if batch_size < 1 or batch_size % host_count or not 0 <= host_index < host_count:
+        if batch_size % host_count or not 0 <= host_index < host_count:
             raise ValueError(
                 f"--config.data.batch_size={batch_size} does not split over {host_count} hosts "
                 f"(this is host {host_index}): every host takes the same number of rows; set it to "
@@ -55,16 +67,16 @@ class PromptStream:
                 'to "embedded" or to a JSONL file that holds some'
             )
         examples = [source[i] for i in range(len(source))]
-        ids = tokenizer.encode_prompts([example.prompt for example in examples], thinking)
+        ids = tokenizer.encode_prompts([e.prompt for e in examples], settings.thinking)
         rows = list(zip(examples, ids, strict=True))
         kept = [row for row in rows if len(row[1]) <= prompt_len]
         self.num_dropped = len(rows) - len(kept)
-        _check_lengths(rows, kept, prompt_len, too_long)
+        _check_lengths(rows, kept, settings)
         if self.num_dropped:
             logging.warning(
                 "%d of %d prompts are too long and dropped", self.num_dropped, len(rows)
             )
-        self._rows = grain.MapDataset.source(kept).shuffle(seed=seed % 2**32).repeat()
+        self._rows = grain.MapDataset.source(kept).shuffle(seed=seed).repeat()
         self._batch_size, self._prompt_len, self._pad = batch_size, prompt_len, tokenizer.pad_id
         self._row_b = np.arange(per_host, dtype=np.int32) + host_index * per_host
         self._num_batches = 0
@@ -97,18 +109,14 @@ class PromptStream:
         self._num_batches = int(state["num_batches"])
 
 
-def _check_lengths(rows: list, kept: list, prompt_len: int, too_long: str) -> None:
+def _check_lengths(rows: list, kept: list, settings: Settings) -> None:
     """Raises when prompts are too long and may not be dropped, or when none is left."""
-    if too_long not in ("raise", "drop"):
-        raise ValueError(
-            f"too_long={too_long!r} is unknown; set --config.data.too_long=raise or drop"
-        )
-    if len(kept) == len(rows) or (kept and too_long == "drop"):
+    if len(kept) == len(rows) or (kept and settings.too_long == "drop"):
         return
     example, ids = max(rows, key=lambda row: len(row[1]))
     raise ValueError(
         f"{len(rows) - len(kept)} of {len(rows)} prompts are longer than --config.data.prompt_len="
-        f"{prompt_len} tokens; the longest, {example.id!r}, has {len(ids)} with its template, and "
-        f"prompts are never cut: set --config.data.prompt_len={len(ids)}"
+        f"{settings.prompt_len} tokens; the longest, {example.id!r}, has {len(ids)} with its "
+        f"template, and prompts are never cut: set --config.data.prompt_len={len(ids)}"
         + ("" if not kept else ", or --config.data.too_long=drop to leave such prompts out")
     )

@@ -30,8 +30,10 @@ from jax.sharding import Mesh
 
 from opd_jax import parallel
 from opd_jax.model import qwen3
+from opd_jax.model.backend import DTYPES
+from opd_jax.settings import choice, number
 from opd_jax.stages import decode, sampling
-from opd_jax.structs import Prompts, Rollout
+from opd_jax.structs import Prompts, Rollout, Vocabulary
 
 
 @dataclasses.dataclass
@@ -127,61 +129,57 @@ class _Record:
 # --- the sampler ---
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(sampling.Knobs):
+    """The config's section `rollout`: how the student samples, and how much at once."""
+
+    by: str = choice("student", ("student", "teacher"))
+    response_len: int = number(192, least=1)  # T, tokens at most, EOS included
+    num_candidates: int = number(4, least=1)  # K
+    num_slots: int = number(0, least=0)  # rows decoded at once, over all hosts; 0 = all of a call
+    decode_chunk: int = number(32, least=1)  # decode steps between two looks of the host
+    # Columns of the cache at the start, doubled whenever the longest row outgrows it (each size is
+    # compiled once); 0 = at once as long as the longest possible row.
+    first_cache: int = number(0, least=0)
+    head_dtype: str = choice("", ("", *DTYPES))  # of the head while decoding; "" = compute dtype
+
+    @property
+    def knobs(self) -> sampling.Knobs:
+        return sampling.Knobs(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
 def build(
     config: qwen3.Qwen3Config,
+    settings: Settings,
+    vocabulary: Vocabulary,
     *,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    response_len: int,
     mesh: Mesh,
-    vocab_size: int | None = None,
-    num_candidates: int = 4,
-    num_slots: int = 0,
-    decode_chunk: int = 32,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    first_cache: int = 0,
     backend: qwen3.Backend | None = None,
-    head_dtype: Any = None,
 ) -> "Sampler":
     """A sampler for one model shape.
 
     Args:
-      response_len: T, tokens at most, EOS included.
       mesh: of `parallel.build_mesh`; slots are divided over its batch axes.
-      vocab_size: real tokens, the tokenizer's; further rows of the head are never drawn. None = all
-        rows are real.
-      num_candidates: K.
-      num_slots: rows decoded at once, over all hosts; 0 = as many as the call has rows.
-      decode_chunk: decode steps between two looks of the host.
-      first_cache: columns of the cache at the start, doubled whenever the longest row outgrows it
-        (each size is compiled once); 0 = at once as long as the longest possible row.
       backend: None = plain float32 on this mesh.
-      head_dtype: of the head's weights while decoding; None = the backend's compute dtype.
     """
-    for name, value in (("response_len", response_len), ("decode_chunk", decode_chunk)):
-        if value < 1:
-            raise ValueError(
-                f"{name}={value} must be at least 1 token. Set --config.rollout.{name}=32."
-            )
-    if num_slots:
-        parallel.check_rows(num_slots, "rollout.num_slots", mesh)
+    if settings.num_slots:
+        parallel.check_rows(settings.num_slots, "rollout.num_slots", mesh)
     if backend is None:
         backend = qwen3.Backend(shard=parallel.shard_activations(mesh))
     spec = decode.Spec(
         config=config,
-        vocab_size=vocab_size or config.vocab_size,
-        knobs=sampling.Knobs(temperature, top_k, top_p, min_p),
-        num_candidates=num_candidates,
-        eos_ids=tuple(eos_ids),
-        chunk=decode_chunk,
+        vocab_size=vocabulary.size,
+        knobs=settings.knobs,
+        num_candidates=settings.num_candidates,
+        eos_ids=tuple(vocabulary.eos_ids),
+        chunk=settings.decode_chunk,
         mesh=mesh,
         backend=backend,
-        head_dtype=jnp.dtype(head_dtype or backend.compute_dtype),
+        head_dtype=jnp.dtype(settings.head_dtype or backend.compute_dtype),
     )
-    return Sampler(spec, pad_id, response_len, num_slots, first_cache)
+    return Sampler(
+        spec, vocabulary.pad_id, settings.response_len, settings.num_slots, settings.first_cache
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +237,10 @@ class Sampler:
             while seats := schedule.assign(width):
                 row_r, source_s = (x[own].reshape(-1) for x in seats)
                 rows = (tokens_bp, length_b, prompts.row_b.astype(np.int32), limit_b)
-                rows = parallel.to_global(self.spec.mesh, tuple(x[row_r] for x in rows))
+                rows = decode.Arrivals(*(x[row_r] for x in rows))
+                rows = parallel.to_global(self.spec.mesh, rows)
                 source_s = parallel.to_global(self.spec.mesh, source_s)
-                slots = decode.insert(self.spec, weights, slots, key_data, *rows, source_s)
+                slots = decode.insert(self.spec, weights, slots, key_data, rows, source_s)
                 stats.num_refills += 1
             if not schedule.busy:
                 return record.rollout, stats

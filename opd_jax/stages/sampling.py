@@ -17,31 +17,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from opd_jax.settings import Section, number
+
+COLDEST = 1e-3  # temperature
 BLOCK = 128  # tokens; one lane row of a TPU, and 151,936 is a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
-class Knobs:
+class Knobs(Section):
     """What the student's distribution goes through before the draw. The defaults change nothing."""
 
-    temperature: float = 1.0  # 0: the likeliest token, always
-    top_k: int = 0  # tokens; 0: off
-    top_p: float = 1.0  # probability; 1: off
-    min_p: float = 0.0  # share of the likeliest token's probability; 0: off
+    section = "rollout"
 
-    def __post_init__(self):
-        limits = (
-            ("temperature", 0 <= self.temperature < float("inf"), "be 0 (greedy) or more", 1.0),
-            ("top_k", self.top_k >= 0, "be 0 (off) or a number of tokens to keep", 0),
-            ("top_p", 0 < self.top_p <= 1, "be a probability in (0, 1]", 1.0),
-            ("min_p", 0 <= self.min_p < 1, "be a share in [0, 1); 1 would keep ties only", 0.0),
-        )
-        for name, good, rule, value in limits:
-            if not good:
-                given = getattr(self, name)
-                raise ValueError(
-                    f"{name}={given} must {rule}. Set --config.rollout.{name}={value}."
-                )
+    temperature: float = number(1.0, least=0)  # 0: the likeliest token, always
+    top_k: int = number(0, least=0)  # tokens; 0: off
+    top_p: float = number(1.0, above=0, most=1)  # probability; 1: off
+    min_p: float = number(0.0, least=0, below=1)  # share of the likeliest's probability; 0: off
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = self.temperature == 0 or self.temperature >= COLDEST
+        must = f"0 (greedy) or at least {COLDEST}: logits divided by less overflow float32"
+        self.require(good, "temperature", must, 1.0)
 
     @property
     def filters(self) -> bool:

@@ -7,6 +7,7 @@ through: selection counts and masks them.
 """
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -90,50 +91,47 @@ class Score:
 
 
 def build(
+    config: qwen3.Qwen3Config,
+    needs: Iterable[str],
+    shape: packing.MicroBatch,
     *,
-    model_config: qwen3.Qwen3Config,
     backend: qwen3.Backend,
     mesh: Mesh,
-    needs: Iterable[str],
-    micro_batch_rows: int,
-    micro_batch_tokens: int,
-    chunk: int,
     num_top: int = 0,
     vocab_size: int | None = None,
-    reference_config: qwen3.Qwen3Config | None = None,
+    reference: qwen3.Qwen3Config | None = None,
 ) -> Score:
     """The teacher pass.
 
     Args:
-      model_config: the teacher's.
-      backend: its `shard` should be `parallel.shard_activations(mesh)`.
+      config: the teacher's.
       needs: what selector and objective read; names that are no field of `structs.Scores`
         ("spans") are other stages' business.
-      micro_batch_rows, micro_batch_tokens: lines of a micro-batch over all hosts, tokens of a line.
-      chunk: tokens whose logits exist at once, per device.
+      backend: its `shard` should be `parallel.shard_activations(mesh)`.
       num_top: J, size of the teacher's own support (objective.top_k).
       vocab_size: ids from here on get no probability; None = the teacher's own vocabulary.
-      reference_config: of the reference model, if "reference_logp_bt" is needed.
+      reference: of the reference model, if "reference_logp_bt" is needed.
     """
-    fields = {field.name for field in dataclasses.fields(structs.Scores)}
-    needs = frozenset(needs) & fields
-    parallel.check_rows(micro_batch_rows, "pack.micro_batch_rows", mesh)
-    parallel.check_model(model_config, mesh, "teacher")
-    knobs = dict(mesh=mesh, backend=backend, chunk=chunk, num_top=num_top)
-    reference = None
+    needs = frozenset(needs) & {field.name for field in dataclasses.fields(structs.Scores)}
+    parallel.check_rows(shape.rows, "pack.micro_batch_rows", mesh)
+    parallel.check_model(config, mesh, "teacher")
+    forward = functools.partial(
+        _build_forward, backend=backend, mesh=mesh, num_top=num_top, vocab_size=vocab_size
+    )
+    reference_pass = None
     if not needs.isdisjoint(REFERENCE):
-        parallel.check_model(reference_config, mesh, "reference")
+        parallel.check_model(reference, mesh, "reference")
         outputs = {REFERENCE[name] for name in needs & REFERENCE.keys()}
-        reference = _build_forward(reference_config, outputs, vocab_size=vocab_size, **knobs)
+        reference_pass = forward(reference, outputs, shape.chunk)
     outputs = {TEACHER[name] for name in needs & TEACHER.keys()}
     return Score(
         mesh=mesh,
         backend=backend,
         needs=needs,
-        lines=micro_batch_rows // parallel.feed(mesh).count,
-        tokens=micro_batch_tokens,
-        teacher=_build_forward(model_config, outputs, vocab_size=vocab_size, **knobs),
-        reference=reference,
+        lines=shape.rows // parallel.feed(mesh).count,
+        tokens=shape.tokens,
+        teacher=forward(config, outputs, shape.chunk),
+        reference=reference_pass,
     )
 
 
@@ -151,12 +149,12 @@ def make_batch(packed: packing.Batch, rollout: structs.Rollout) -> dict:
 
 
 def _build_forward(
-    model_config: qwen3.Qwen3Config,
+    config: qwen3.Qwen3Config,
     outputs: set[str],
-    *,
-    mesh: Mesh,
-    backend: qwen3.Backend,
     chunk: int,
+    *,
+    backend: qwen3.Backend,
+    mesh: Mesh,
     num_top: int,
     vocab_size: int | None,
 ) -> Callable:
@@ -165,7 +163,7 @@ def _build_forward(
 
     def forward(params: Any, batch: dict) -> dict[str, jax.Array]:
         hidden_mld = qwen3.trunk(
-            model_config,
+            config,
             params,
             batch["tokens_ml"],
             batch["positions_ml"],
@@ -175,7 +173,7 @@ def _build_forward(
         hidden_mnd = jnp.take_along_axis(hidden_mld, batch["index_mn"][..., None], axis=1)
         out = {"hidden": hidden_mnd}
         if outputs - out.keys():
-            head_vd = qwen3.head_vd(model_config, params)
+            head_vd = qwen3.head_vd(config, params)
             out |= logprobs(
                 hidden_mnd,
                 backend.shard(head_vd, ("vocab", None)),  # gathered once, not once per chunk
@@ -185,7 +183,7 @@ def _build_forward(
                 num_top=num_top if outputs & {"top_ids", "top_logp"} else 0,
                 entropy="entropy" in outputs,
                 chunk=local_chunk,
-                vocab_size=vocab_size or model_config.vocab_size,
+                vocab_size=vocab_size or config.vocab_size,
             )
         return {name: out[name] for name in outputs}
 

@@ -6,9 +6,9 @@
                 of tokens, trunk backward; float32 sums
   3 apply       gradients divided once by the denominator of all hosts, clipped and applied by optax
 
-One compiled shape for 2 and one for 3, whatever the number of supervised tokens. A step whose loss
-or gradient is not finite changes nothing but the step counter and is reported; so is a step in
-which no token has weight.
+One compiled shape for 2 and one for 3, whatever the number of supervised tokens. A step whose loss,
+gradient or new parameters are not finite changes nothing but the step counter and is reported; so
+is a step in which no token has weight.
 
 Left out: activation offloading, several epochs over a batch, loss scaling (bf16 does not need it).
 """
@@ -110,37 +110,33 @@ class Update:
 
 
 def build(
-    *,
-    model_config: qwen3.Qwen3Config,
+    config: qwen3.Qwen3Config,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    shape: packing.MicroBatch,
+    *,
     backend: qwen3.Backend,
     mesh: Mesh,
-    micro_batch_rows: int,
-    micro_batch_tokens: int,
-    chunk: int,
     vocab_size: int | None = None,
     param_dtype: Any = jnp.float32,
 ) -> Update:
     """The update stage.
 
     Args:
+      config: the student's.
       optimizer: clipping and schedules included (optax.chain); called with float32 gradients.
       backend: its `shard` should be `parallel.shard_activations(mesh)`.
-      micro_batch_rows, micro_batch_tokens: lines of a micro-batch over all hosts, tokens of a line;
-        `packing.default_shape` has values that waste little.
-      chunk: tokens whose logits exist at once, per device.
       vocab_size: real tokens; further rows of the heads get no probability. None = all are real.
       param_dtype: dtype of the trained parameters.
     """
-    parallel.check_rows(micro_batch_rows, "pack.micro_batch_rows", mesh)
-    parallel.check_model(model_config, mesh, "student")
-    shapes = qwen3.param_shapes(model_config, param_dtype)
-    shardings = state_shardings(model_config, optimizer, mesh)
+    parallel.check_rows(shape.rows, "pack.micro_batch_rows", mesh)
+    parallel.check_model(config, mesh, "student")
+    shapes = qwen3.param_shapes(config, param_dtype)
+    shardings = state_shardings(config, optimizer, mesh)
     parallel.check_coverage(shapes, shardings.params, mesh)
     whole = parallel.replicated(mesh)
-    head = _build_head(objective, mesh, chunk, vocab_size or model_config.vocab_size)
-    accumulate = _build_accumulate(model_config, head, backend)
+    head = _build_head(objective, mesh, shape.chunk, vocab_size or config.vocab_size)
+    accumulate = _build_accumulate(config, head, backend)
 
     def init(params):
         # Moments are float32, whatever the parameters are.
@@ -153,8 +149,8 @@ def build(
     return Update(
         objective=objective,
         mesh=mesh,
-        lines=micro_batch_rows // parallel.feed(mesh).count,
-        tokens=micro_batch_tokens,
+        lines=shape.rows // parallel.feed(mesh).count,
+        tokens=shape.tokens,
         shardings=shardings,
         init=jax.jit(init, out_shardings=shardings, donate_argnums=0),
         zeros=jax.jit(zeros, out_shardings=shardings.params),
@@ -164,14 +160,14 @@ def build(
 
 
 def state_shardings(
-    model_config: qwen3.Qwen3Config,
+    config: qwen3.Qwen3Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
     """TrainState of NamedSharding: optimiser moments lie where their parameters lie."""
-    params = parallel.shardings(qwen3.param_axes(model_config), mesh)
+    params = parallel.shardings(qwen3.param_axes(config), mesh)
     whole = parallel.replicated(mesh)
-    opt_state = jax.eval_shape(optimizer.init, qwen3.param_shapes(model_config))
+    opt_state = jax.eval_shape(optimizer.init, qwen3.param_shapes(config))
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -260,18 +256,18 @@ def _build_head(objective, mesh, chunk, vocab_size):
     )
 
 
-def _build_accumulate(model_config, head, backend):
+def _build_accumulate(config, head, backend):
     def accumulate(params, grads, batch, teacher_head_vd=None):
         def forward(params):
             hidden_mld = qwen3.trunk(
-                model_config,
+                config,
                 params,
                 batch["tokens_ml"],
                 batch["positions_ml"],
                 batch["segment_ids_ml"],
                 backend,
             )
-            return hidden_mld, qwen3.head_vd(model_config, params)
+            return hidden_mld, qwen3.head_vd(config, params)
 
         (hidden_mld, head_vd), pull = jax.vjp(forward, params)
         gathered_vd = backend.shard(head_vd, ("vocab", None))  # once, not once per chunk
@@ -300,15 +296,21 @@ def _build_apply(optimizer):
         count = jnp.where(denominator > 0, denominator, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        active = finite & (sums["tokens"] > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & _all_finite(params)
+        active = finite & (sums["tokens"] > 0)
+        new = (params, opt_state)
         old = (state.params, state.opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
         return TrainState(*new, state.step + 1), _metrics(sums, denominator, grad_norm, finite)
 
     return apply
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """bool[], looked at after the update: finite gradients can still carry parameters over."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def _metrics(sums: dict, denominator, grad_norm, finite) -> dict[str, tuple]:

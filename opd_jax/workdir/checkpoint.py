@@ -2,8 +2,9 @@
 """Checkpoints that are either whole or refused: Orbax, asynchronous and atomic, with a digest.
 
 A checkpoint holds the training state, and a JSON with the step, the data cursor, the resolved
-config and one digest per array. The digest is checked after every restore, because a lost chunk of
-an array file reads back as zeros without an error.
+config, digests of the files that the run reads, and one digest per array. The arrays' digests are
+checked after every restore, because a lost chunk of an array file reads back as zeros without an
+error.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import logging as python_logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +24,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from opd_jax.settings import Section, number
+from opd_jax.workdir import digest
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -31,6 +36,7 @@ class Restored:
     state: Any
     cursor: dict  # of the prompt stream, before the next batch is drawn
     config: dict  # resolved config of the run that wrote it
+    content: dict  # digests of the files that this run read
     skipped: tuple[str, ...]  # one line per newer checkpoint that could not be used
 
 
@@ -54,48 +60,58 @@ def digests(state: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(p): int(v) for (p, _), v in zip(flat, values, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    """When a run's state is saved, and which of the checkpoints are kept."""
+
+    section = "checkpoint"
+    every_steps: int = number(20, least=0)  # updates; 0 = only after the last
+    keep_last: int = number(2, least=1, why="0 would delete every checkpoint")
+    keep_every_steps: int = number(0, least=0)  # those at multiples of it too; 0 = none
+    keep_best: int = number(1, least=0)  # how many of the best by eval/accuracy too; 0 = none
+
+
+DEFAULTS = Settings()
+
+
 class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
     Args:
       directory: local or gs:// path.
-      keep_last: how many of the newest are kept (at least 1).
-      keep_every_steps: those at multiples of it are kept too; 0 = none.
-      keep_best: how many of the best by `metric` are kept too; 0 = none.
+      settings: which are kept.
+      content: name -> digest of what the run reads (digest.py), stored with each checkpoint: a run
+        whose files were replaced does not go on.
       read_only: for a reader beside the run, which must not clean up what the run is writing.
     """
 
     def __init__(
         self,
         directory: str,
+        settings: Settings = DEFAULTS,
         *,
-        keep_last: int = 2,
-        keep_every_steps: int = 0,
-        keep_best: int = 0,
+        content: Mapping[str, str] | None = None,
         read_only: bool = False,
     ):
-        if keep_last < 1:
-            raise ValueError(
-                f"config.checkpoint.keep_last={keep_last} would delete every checkpoint; "
-                "set --config.checkpoint.keep_last=2"
-            )
+        self._content = dict(content or {})
         local = "://" not in str(directory)
         # Orbax refuses relative paths, and a run's workdir is often one.
         self.directory = epath.Path(os.path.abspath(directory) if local else directory)
-        keep = [policies.LatestN(keep_last)]
-        if keep_every_steps:
-            keep.append(policies.EveryNSteps(keep_every_steps))
-        if keep_best:
+        keep = [policies.LatestN(settings.keep_last)]
+        if settings.keep_every_steps:
+            keep.append(policies.EveryNSteps(settings.keep_every_steps))
+        if settings.keep_best:
             keep.append(
                 policies.BestN(
-                    n=keep_best,
+                    n=settings.keep_best,
                     get_metric_fn=_metric,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=_metric if keep_best else None,  # else Orbax forgets metrics at a restart
+            # Without it Orbax forgets the metrics at a restart.
+            best_fn=_metric if settings.keep_best else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
@@ -115,6 +131,7 @@ class Checkpoints:
           OSError: this checkpoint or an earlier one cannot be written; names those that are whole.
         """
         meta = dict(step=step, cursor=cursor, config=config, digests=digests(state))
+        meta["content"] = self._content
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.check_for_errors()
@@ -147,7 +164,8 @@ class Checkpoints:
             one that saved), same tree as the saved state.
 
         Raises:
-          ValueError: checkpoints exist and none can be used; names what is wrong with each.
+          ValueError: checkpoints exist and none can be used, and what is wrong with each; or the
+            files that the run reads are others than they were.
         """
         skipped = []
         for step in reversed(self.steps()):
@@ -157,6 +175,7 @@ class Checkpoints:
                 # nothing is hidden: the reason is logged, returned, and raised if none is left.
                 restored, trouble = None, f"{type(e).__name__}: {str(e)[:200]}"
             if _every_process(restored is not None):
+                self._check_content(restored)
                 self._set_aside(skipped_steps=[s for s, _ in skipped])
                 lines = tuple(f"step {s}: {why}" for s, why in skipped)
                 return dataclasses.replace(restored, skipped=lines)
@@ -179,29 +198,56 @@ class Checkpoints:
         if found != meta["digests"]:
             wrong = [path for path, value in meta["digests"].items() if found.get(path) != value]
             raise ValueError(f"{len(wrong)} arrays differ from their digest, first {wrong[:1]}")
-        return Restored(meta["step"], read.state, meta["cursor"], meta["config"], skipped=())
+        return Restored(
+            step=meta["step"],
+            state=read.state,
+            cursor=meta["cursor"],
+            config=meta["config"],
+            content=meta.get("content", {}),
+            skipped=(),
+        )
+
+    def _check_content(self, restored: Restored) -> None:
+        if changed := digest.differing(restored.content, self._content):
+            raise ValueError(
+                f"the run in {self.directory.parent} began with other {' and other '.join(changed)}"
+                ": the files under these paths were replaced, and what goes on would be a mixture "
+                "of two runs. Put the old files back, or set --workdir to another directory"
+            )
+
+    def params_digest(self, step: int | None = None) -> str:
+        """One digest of the parameters of checkpoint `step` (default newest)."""
+        stored = self._meta(self._existing(step))["digests"]
+        return digest.of_arrays({k: v for k, v in stored.items() if k.startswith(".params")})
 
     def read_params(self, step: int | None = None) -> tuple[int, Any]:
         """(step, host parameters) of checkpoint `step` (default newest), digest checked.
 
         For export and evaluation: needs neither the optimiser nor the mesh of the run.
         """
+        step = self._existing(step)
+        with ocp.StandardCheckpointer() as reader:
+            state = reader.restore(self.directory / str(step) / "state")
+        params = jax.tree.map(np.asarray, state["params"])
+        stored = self._meta(step)["digests"]
+        wanted = {k: v for k, v in stored.items() if k.startswith(".params")}
+        found = digests({"params": params})
+        if sorted(found.values()) != sorted(wanted.values()):
+            raise ValueError(f"checkpoint {step} of {self.directory} differs from its digests")
+        return step, params
+
+    def _existing(self, step: int | None) -> int:
+        """`step`, or the newest, of those that there are."""
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             raise ValueError(
                 f"{self.directory} holds checkpoints of steps {steps}, not "
                 f"{'any' if step is None else step}; set --step to one of them"
             )
-        step = steps[-1] if step is None else step
-        with ocp.StandardCheckpointer() as reader:
-            state = reader.restore(self.directory / str(step) / "state")
-        meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
-        params = jax.tree.map(np.asarray, state["params"])
-        wanted = {k: v for k, v in meta["digests"].items() if k.startswith(".params")}
-        found = digests({"params": params})
-        if sorted(found.values()) != sorted(wanted.values()):
-            raise ValueError(f"checkpoint {step} of {self.directory} differs from its digests")
-        return step, params
+        return steps[-1] if step is None else step
+
+    def _meta(self, step: int) -> dict:
+        return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
 
     def _set_aside(self, skipped_steps: list[int]) -> None:
         """Moves unusable checkpoints out of the way of the steps that will be saved again."""

@@ -23,11 +23,16 @@ def folder(workdir, step: int) -> epath.Path:
     return epath.Path(workdir) / "faults" / f"step_{step:06d}"
 
 
-def dump(workdir, step: int, rollout, scores, weight_bt, denominator, state, config: dict) -> None:
-    """Writes the batch of update `step` and the state it was tried on. Every process calls it."""
+def dump(workdir, step: int, taken, state, config: dict) -> None:
+    """Writes the batch of update `step` and the state it was tried on. Every process calls it.
+
+    `taken` has the fields rollout, scores and supervision (step.Step).
+    """
     place = folder(workdir, step)
-    arrays = {"weight_bt": weight_bt, "denominator": np.float64(denominator)}
-    for kind, struct in (("rollout", rollout), ("scores", scores)):
+    supervision = taken.supervision
+    arrays = {"weight_bt": supervision.weight_bt}
+    arrays["denominator"] = np.float64(supervision.denominator)
+    for kind, struct in (("rollout", taken.rollout), ("scores", taken.scores)):
         for field in dataclasses.fields(struct):
             value = getattr(struct, field.name)
             if value is not None:
@@ -40,7 +45,8 @@ def dump(workdir, step: int, rollout, scores, weight_bt, denominator, state, con
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         (place / "batch.npz").write_bytes(buffer.getvalue())
-    saved = checkpoint.Checkpoints(str(place / "checkpoints"), keep_last=1)
+    one = checkpoint.Settings(keep_last=1, keep_best=0)
+    saved = checkpoint.Checkpoints(str(place / "checkpoints"), one)
     if step not in saved.steps():
         saved.save(step, state, cursor={}, config=config, metric=None)
     saved.close()

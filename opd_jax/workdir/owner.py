@@ -4,27 +4,29 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import functools
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
+import shlex
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import filelock
 import jax
 from absl import logging
 from etils import epath
 
+from opd_jax.settings import flatten
 from opd_jax.workdir import records
 
 LOCK_SECONDS = 10.0  # how long a new run waits for a killed one to be gone
-# Errors of file systems that know no locks (Lustre and some network mounts).
+HOLDER = "lock.json"  # who holds WORKDIR/lock
+# Errors of file systems without lock support (Lustre and some network mounts).
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 # What a run may change when it goes on: it touches nothing that has been computed.
@@ -39,8 +41,8 @@ def hold(workdir: str) -> Iterator[None]:
     """Keeps other runs out of the workdir as long as this one is in it; process 0 does.
 
     The kernel drops the lock with the process, so nothing is left to clean up after a kill. Not
-    locked are gs:// and other remote paths, and file systems without locks: there it is the user's
-    part to start one run per workdir.
+    locked are gs:// and other remote paths, and file systems without lock support: there the user
+    must see to it that one run at a time uses a workdir.
 
     Raises:
       ValueError: another run is in it, or it cannot be written.
@@ -48,71 +50,69 @@ def hold(workdir: str) -> Iterator[None]:
     if "://" in str(workdir) or jax.process_index() != 0:
         yield
         return
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        file = open(os.path.join(workdir, "lock"), "a+")  # not inherited by child processes
-    except OSError as error:
-        raise ValueError(
-            f"--workdir={workdir} must be a directory that can be written ({error}); set --workdir "
-            "to one, as --workdir=runs/mine"
-        ) from error
-    with file:
-        _lock(file, workdir)
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(workdir, exist_ok=True)
+            # Never filelock's soft lock, a file that a killed run leaves behind.
+            lock = filelock.FileLock(os.path.join(workdir, "lock"), fallback_to_soft=False)
+            stack.enter_context(lock.acquire(timeout=LOCK_SECONDS))
+        except filelock.Timeout:
+            raise ValueError(
+                f"--workdir={workdir} is in use: {_holder(workdir)}. Two runs in one directory "
+                "would overwrite each other's files. Wait for that one or end it, or set "
+                f"--workdir to another directory, as --workdir={shlex.quote(f'{workdir}_2')}"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise ValueError(
+                    f"--workdir={workdir} must be a directory that can be written ({error}); set "
+                    "--workdir to one, as --workdir=runs/mine"
+                ) from error
+            logging.warning(
+                "%s is not locked: its file system has no lock support (%s)", workdir, error
+            )
+        about = dict(pid=os.getpid(), host=socket.gethostname(), since=_now())
+        records.write_json(workdir, HOLDER, about)
         yield
 
 
-def _lock(file: io.TextIOBase, workdir: str) -> None:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"--workdir={workdir} is in use: {_holder(file)}. Two runs in one directory "
-                    "would overwrite each other's files. Wait for that one or end it, or set "
-                    f"--workdir to another directory, as --workdir={workdir}_2"
-                ) from None
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logging.warning("%s is not locked: its file system has no locks (%s)", workdir, error)
-            break
-    file.truncate(0)
-    about = dict(pid=os.getpid(), host=socket.gethostname(), since=_now())
-    file.write(json.dumps(about))
-    file.flush()
-
-
-def _holder(file: io.TextIOBase) -> str:
-    """Who has locked the file, by what it holds."""
-    file.seek(0)
+def _holder(workdir: str) -> str:
+    """Who is in a workdir that is locked."""
     try:
-        about = json.loads(file.read())
-    except json.JSONDecodeError:  # locked a moment ago
+        about = records.read_json(workdir, HOLDER)
+        return f"process {about['pid']} on {about['host']} has been there since {about['since']}"
+    except (KeyError, ValueError):  # locked a moment ago, and not yet written
         return "another run has just begun there"
-    return f"process {about['pid']} on {about['host']} has been there since {about['since']}"
 
 
-def check_same_run(config: dict, workdir: epath.Path) -> None:
-    """Raises if the workdir holds a run that is not to go on with `config`.
+def check_same_run(
+    config: dict, workdir: epath.Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises if the workdir holds a run that is not to go on with `config`; see `compare`.
 
     A run that ended before its first row of metrics has computed nothing.
     """
     if not (workdir / "metrics.jsonl").exists():
         return
     if there := records.read_json(workdir, "config.json"):
-        compare(config, there, workdir)
+        compare(config, there, workdir, defaults)
 
 
-def compare(config: dict, there: dict, workdir: epath.Path) -> None:
-    """Raises if a run of config `there` is not to go on with `config`; names the differing keys."""
-    old, new = flatten(there), flatten(config)
+def compare(
+    config: dict, there: dict, workdir: epath.Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises if a run of config `there` is not to go on with `config`; names the differing keys.
+
+    Args:
+      defaults: of the config's keys, nested or dotted. The run may be older than a key: it was
+        computed as this key's default does, which every new setting must see to.
+    """
+    stored = flatten(there)
+    old = json.loads(json.dumps(flatten(defaults or {}))) | stored  # no tuples: as it was stored
+    new = flatten(config)
     differ = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
+        f"{key}: {_shown(old, key)} there, {_shown(new, key)} now"
+        for key in sorted(stored.keys() | new.keys())
         if old.get(key) != new.get(key) and not _may_change(key, old)
     ]
     if differ:
@@ -121,6 +121,10 @@ def compare(config: dict, there: dict, workdir: epath.Path) -> None:
             f"Different are {'; '.join(differ)}. Set --workdir to a new directory, or give these "
             "keys the values that are there."
         )
+
+
+def _shown(flat: dict, key: str) -> str:
+    return repr(flat[key]) if key in flat else "no such key"
 
 
 def check_num_steps(num_steps: int, done: int, workdir) -> None:
@@ -140,15 +144,6 @@ def _may_change(key: str, config: dict) -> bool:
     if key == "num_steps" and (config.get("optim.decay") == "cosine" or growing):
         return False  # what has been computed followed a schedule of that length
     return key.startswith(MAY_CHANGE)
-
-
-def flatten(config: dict, prefix: str = "") -> dict:
-    """{"a.b": value} of a nested dict."""
-    flat = {}
-    for name, value in config.items():
-        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {prefix + name: value} if inner is None else inner
-    return flat
 
 
 def claim(workdir: epath.Path, config: dict) -> None:

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run directory that people and reports read: builders, writers and readers.
+"""The files of a run directory that people and reports read: their formats, and their readers.
 
 WORKDIR/metrics.jsonl               one object per step
 WORKDIR/signals/step_000012.npz     teachability by position and by sentence, and per-row releases
 WORKDIR/rollouts/step_000012.jsonl  a few whole trajectories, one object per line
 WORKDIR/eval/step_000012.jsonl      every evaluation sample, one object per line
 
-Plain dicts, lists and numpy: a reader needs none of our code. Every write goes to a temporary name
+Plain dicts, lists and numpy: a reader needs none of our code. Whole files go to a temporary name
 first, so a kill leaves no half file; a step that is repeated after a restart replaces its file.
+A kill while a line is appended leaves it without its newline, and every reader leaves it out.
+What a run appends to metrics.jsonl as it goes is writer.py's.
 """
 
 import codecs
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 POSITION, SENTENCE, ROW = "position/", "sentence/", "row/"
@@ -37,36 +41,11 @@ def token_pieces(token_bytes: Sequence[bytes]) -> list[str]:
     return [decoder.decode(b, final=i == last) for i, b in enumerate(token_bytes)]
 
 
-def trajectory(
-    *,
-    step: int,
-    row: int,
-    example_id: str,
-    family: str,
-    prompt: str,
-    answer: str,
-    correct: bool | None,
-    finished: bool,
-    token_t: Sequence[int],
-    token_bytes_t: Sequence[bytes],
-    name: Callable[[int], str],
-    sampler_logp_t: np.ndarray,
-    candidates_tk: np.ndarray,
-    candidate_logp_tk: np.ndarray,
-    teacher_logp_t: np.ndarray | None = None,
-    teacher_logp_tk: np.ndarray | None = None,
-    margin_t: np.ndarray | None = None,
-    supervised_t: np.ndarray | None = None,
-    weight_t: np.ndarray | None = None,
-    spans: Sequence[tuple[int, int]] = (),
-    score_s: Sequence[float] = (),
-    change_point: int | None = None,
-    release: int | None = None,
-    gain: float | None = None,
-) -> dict:
-    """One trajectory as a dict that JSON can hold. Arrays cover the valid response only (T tokens).
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One response and what is known of its tokens; arrays cover the T valid tokens only.
 
-    Args:
+    Attributes:
       prompt: as the model saw it (rendered chat template).
       correct: None = not verified.
       token_bytes_t: bytes of each response token, b"" for special tokens.
@@ -78,48 +57,86 @@ def trajectory(
       release: first token that is no longer supervised, T when nothing is released.
       gain: BIC gain of the best drop; None or not finite = no drop exists or not computed.
     """
-    pieces = token_pieces(token_bytes_t)
-    starts = np.cumsum([0, *(len(b) for b in token_bytes_t)])[:-1]
-    teacher_tk = (
-        np.full(np.shape(candidates_tk), np.nan) if teacher_logp_tk is None else teacher_logp_tk
-    )
-    candidates = [
-        [
-            [name(int(token)), _number(student), _number(teacher)]
-            for token, student, teacher in zip(ids, students, teachers, strict=True)
+
+    step: int
+    row: int
+    example_id: str
+    family: str
+    prompt: str
+    answer: str
+    correct: bool | None
+    finished: bool
+    token_t: Sequence[int]
+    token_bytes_t: Sequence[bytes]
+    name: Callable[[int], str]
+    sampler_logp_t: np.ndarray
+    candidates_tk: np.ndarray
+    candidate_logp_tk: np.ndarray
+    teacher_logp_t: np.ndarray | None = None
+    teacher_logp_tk: np.ndarray | None = None
+    margin_t: np.ndarray | None = None
+    supervised_t: np.ndarray | None = None
+    weight_t: np.ndarray | None = None
+    spans: Sequence[tuple[int, int]] = ()
+    score_s: Sequence[float] = ()
+    change_point: int | None = None
+    release: int | None = None
+    gain: float | None = None
+
+    def as_json(self) -> dict:
+        """What one line of a rollouts file holds."""
+        starts = np.cumsum([0, *(len(b) for b in self.token_bytes_t)])[:-1]
+        supervised_t = self.supervised_t
+        return {
+            "step": int(self.step),
+            "row": int(self.row),
+            "example_id": str(self.example_id),
+            "family": str(self.family),
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "correct": None if self.correct is None else bool(self.correct),
+            "finished": bool(self.finished),
+            "ids": [int(t) for t in self.token_t],
+            "pieces": self._pieces(),
+            "byte_start": [int(s) for s in starts],
+            "sampler_logp": _numbers(self.sampler_logp_t),
+            "teacher_logp": _numbers(self.teacher_logp_t),
+            "sampled_candidate": _places(self.token_t, self.candidates_tk),
+            "margin": _numbers(self.margin_t),
+            "weight": _numbers(self.weight_t),
+            "supervised": None if supervised_t is None else [int(s) for s in supervised_t],
+            "candidates": self._candidates(),
+            "spans": [[int(s), int(e)] for s, e in self.spans],
+            "scores": _numbers(self.score_s),
+            "change_point": None if self.change_point is None else int(self.change_point),
+            "release": None if self.release is None else int(self.release),
+            "gain": None if self.gain is None else _number(self.gain),
+        }
+
+    def _pieces(self) -> list[str]:
+        """What to show for each token: its characters, or the name of a special one."""
+        bytes_t, pieces = self.token_bytes_t, token_pieces(self.token_bytes_t)
+        return [
+            piece or ("" if own else self.name(int(token)))
+            for piece, own, token in zip(pieces, bytes_t, self.token_t, strict=True)
         ]
-        for ids, students, teachers in zip(
-            candidates_tk, candidate_logp_tk, teacher_tk, strict=True
+
+    def _candidates(self) -> list[list[list]]:
+        """[name, student's log-prob, teacher's log-prob] of each candidate of each token."""
+        ids_tk, student_tk, teacher_tk = (
+            self.candidates_tk,
+            self.candidate_logp_tk,
+            self.teacher_logp_tk,
         )
-    ]
-    return {
-        "step": int(step),
-        "row": int(row),
-        "example_id": str(example_id),
-        "family": str(family),
-        "prompt": prompt,
-        "answer": answer,
-        "correct": None if correct is None else bool(correct),
-        "finished": bool(finished),
-        "ids": [int(t) for t in token_t],
-        "pieces": [
-            p or ("" if b else name(int(t)))
-            for p, b, t in zip(pieces, token_bytes_t, token_t, strict=True)
-        ],
-        "byte_start": [int(s) for s in starts],
-        "sampler_logp": _numbers(sampler_logp_t),
-        "teacher_logp": _numbers(teacher_logp_t),
-        "sampled_candidate": _places(token_t, candidates_tk),
-        "margin": _numbers(margin_t),
-        "weight": _numbers(weight_t),
-        "supervised": None if supervised_t is None else [int(s) for s in supervised_t],
-        "candidates": candidates,
-        "spans": [[int(s), int(e)] for s, e in spans],
-        "scores": _numbers(score_s),
-        "change_point": None if change_point is None else int(change_point),
-        "release": None if release is None else int(release),
-        "gain": None if gain is None else _number(gain),
-    }
+        if teacher_tk is None:
+            teacher_tk = np.full(np.shape(ids_tk), np.nan)
+        return [
+            [
+                [self.name(int(token)), _number(student), _number(teacher)]
+                for token, student, teacher in zip(*of_token, strict=True)
+            ]
+            for of_token in zip(ids_tk, student_tk, teacher_tk, strict=True)
+        ]
 
 
 def _places(token_t, candidates_tk) -> list[int]:
@@ -145,12 +162,10 @@ class Signals:
     """One step's compact signals. Divide a sum by its count once, after adding steps or runs."""
 
     step: int
-    by_position: dict[
-        str, tuple[np.ndarray, np.ndarray]
-    ]  # name -> sums[R], counts[R] by relative position
-    by_sentence: dict[
-        str, tuple[np.ndarray, np.ndarray]
-    ]  # name -> sums[S], counts[S] by sentence index
+    # name -> sums[R], counts[R] by relative position
+    by_position: dict[str, tuple[np.ndarray, np.ndarray]]
+    # name -> sums[S], counts[S] by sentence index
+    by_sentence: dict[str, tuple[np.ndarray, np.ndarray]]
     rows: dict[str, np.ndarray]  # name -> [B], one value per rollout: see signals_arrays
 
 
@@ -168,7 +183,7 @@ def signals_arrays(
     """The arrays of one signals file.
 
     Args:
-      by_position, by_sentence: pairs `<name>_sum`, `<name>_count` (algorithm/signals.py).
+      by_position, by_sentence: pairs `<name>_sum`, `<name>_count` (algorithm/profiles.py).
       length_b: valid response tokens; release_b: release point in tokens, length = no release.
       gain_b: BIC gain, nan where not computed; rescale_b: how much the row's supervised tokens are
         weighted up, 1 = nothing released; correct_b: 1 / 0, nan where not verified.
@@ -212,14 +227,19 @@ def write_jsonl(path, objects: Iterable[dict]) -> None:
 
 
 def append_jsonl(path, objects: Iterable[dict]) -> None:
-    """Adds lines to a file; an object store, which cannot append, gets the whole file again."""
+    """Adds lines to a file; they are on disk when this returns.
+
+    An object store, which cannot append, gets the whole file again.
+    """
     path = epath.Path(path)
     if "://" in str(path):
         before = path.read_bytes() if path.exists() else b""
         path.write_bytes(before + _lines(objects))
-    else:
-        with path.open("ab") as file:
-            file.write(_lines(objects))
+        return
+    with open(path, "ab") as file:
+        file.write(_lines(objects))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_signals(workdir, step: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -232,10 +252,6 @@ def read_rollouts(workdir) -> Iterator[dict]:
     """Every stored trajectory, in order of steps."""
     for path in _steps(workdir, "rollouts", ".jsonl"):
         yield from read_jsonl(path)
-
-
-def read_samples(workdir, step: int) -> list[dict]:
-    return read_jsonl(step_path(workdir, "eval", step, ".jsonl"))
 
 
 def read_signals(workdir) -> Iterator[Signals]:
@@ -270,10 +286,26 @@ def read_json(workdir, name: str) -> dict:
 
 
 def read_jsonl(path) -> list[dict]:
-    """Objects of a JSONL file; a last line without its newline (a cut write) is left out."""
-    text = epath.Path(path).read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.split("\n") if line.strip()]
+    """Objects of a JSONL file that a run has written; a last line without its newline is left out.
+
+    Raises:
+      ValueError: another line is no object: the file was changed by something else.
+    """
+    complete, _, cut = epath.Path(path).read_bytes().rpartition(b"\n")
+    if cut:
+        logging.warning("%s: a last line that was cut off is left out", path)
+    objects = []
+    for number, line in enumerate(complete.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number} is not JSON ({error}), and no run leaves such a line: the file "
+                "was changed or damaged. Delete the line, or restore the file"
+            ) from error
+    return objects
 
 
 def _lines(records: Iterable[dict]) -> bytes:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, and the terminal. Process 0 only.
+"""What one run writes as it goes: metrics.jsonl, TensorBoard, and the terminal. Process 0 only.
 
-One JSON object per step. A resumed run drops the rows after its checkpoint before it writes again,
-so that no row is lost, doubled or out of order; NaN is written as null, which every reader takes.
+One JSON object per step, which records.read_metrics reads. A resumed run drops the rows after its
+checkpoint before it writes again, so that no row is lost, doubled or out of order; NaN is written
+as null, which every reader takes.
 """
 
-import json
 import math
-import os
 import sys
 
 import tensorboardX
 import tqdm
-from absl import logging
 from etils import epath
+
+from opd_jax.workdir import records
 
 # What a person follows while it runs: metric, label, format.
 SHOWN = (
@@ -27,21 +27,6 @@ SHOWN = (
 )
 
 
-def read_rows(workdir: str) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a torn last line (a kill while writing) is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logging.warning("%s: a torn line after step %d is dropped", path, len(rows))
-            break
-    return rows
-
-
 class Writer:
     """Writes rows in step order.
 
@@ -49,7 +34,8 @@ class Writer:
       workdir: local or remote (gs://) directory.
       keep_through: rows of later steps that a killed run left behind are dropped; -1 = all.
       num_steps: for the progress bar.
-      every_steps: how often a line is printed where standard error is no terminal.
+      every_steps: how often a line is printed where standard error is no terminal; 0 = only when
+        a step was evaluated.
       enabled: False on every process but the first: then all methods do nothing.
     """
 
@@ -67,11 +53,8 @@ class Writer:
         if not enabled:
             return
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._remote = "://" in str(workdir)
-        self._lines = [
-            json.dumps(r) + "\n" for r in read_rows(workdir) if r["step"] <= keep_through
-        ]
-        self._rewrite()
+        kept = [row for row in records.read_metrics(workdir) if row["step"] <= keep_through]
+        records.write_jsonl(self._path, kept)
         self._every_steps, self._num_steps = every_steps, num_steps
         self._tensorboard = None
         if tensorboard:
@@ -82,25 +65,11 @@ class Writer:
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(total=num_steps, initial=max(keep_through, 0), unit="step")
 
-    def _rewrite(self) -> None:
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(self._lines))
-        part.replace(self._path)
-
     def write(self, row: dict[str, float]) -> None:
         """Appends a step's row; it is on disk when this returns."""
         if not self._enabled:
             return
-        self._lines.append(
-            json.dumps({k: _plain(v) for k, v in row.items()}, allow_nan=False) + "\n"
-        )
-        if self._remote:  # object stores cannot append
-            self._rewrite()
-        else:
-            with open(self._path, "a") as f:
-                f.write(self._lines[-1])
-                f.flush()
-                os.fsync(f.fileno())
+        records.append_jsonl(self._path, [{k: _plain(v) for k, v in row.items()}])
         if self._tensorboard:
             for name, value in row.items():
                 if name != "step" and math.isfinite(value):
@@ -124,7 +93,8 @@ class Writer:
         if self._bar:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(line)
-        if "eval/accuracy" in row or (not self._bar and step % self._every_steps == 0):
+        due = self._every_steps and step % self._every_steps == 0
+        if "eval/accuracy" in row or (due and not self._bar):
             self.say(f"step {step:>4}/{self._num_steps}  {line}")
 
     def close(self) -> None:

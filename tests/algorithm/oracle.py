@@ -3,8 +3,7 @@
 
 Written from the formulas, not from the code under test: no vectorising, no log-space tricks beyond
 what the formula says, Python floats throughout. `find_drop` is exact (rational) arithmetic up to
-the logarithm, so ties and large offsets have one
-right answer.
+the logarithm, so ties and large offsets have one right answer.
 """
 
 import math
@@ -39,7 +38,58 @@ def advantage_variance(teacher_logp_k, student_logp_k):
     return sum(p * (a - mean) ** 2 for p, a in zip(p_k, advantage_k, strict=True))
 
 
-# --- Eq. (2): segment scores ---
+# --- Eq. (2): sentences of tokens, and their scores ---
+
+
+def decoded(data):
+    """The characters of `data` with the bytes of each: [(character, first byte, end)].
+
+    A character that is not UTF-8 is U+FFFD; the bytes it stands for are those whose removal takes
+    one character from the text.
+    """
+    text, out, at = data.decode("utf-8", "replace"), [], 0
+    for i, character in enumerate(text):
+        size = next(
+            size
+            for size in (1, 2, 3, 4)
+            if data[at + size :].decode("utf-8", "replace") == text[i + 1 :]
+        )
+        out.append((character, at, at + size))
+        at += size
+    return out
+
+
+def sentence_of_token(start, end, characters, text_spans):
+    """Of the token of bytes start .. end: the sentence of its first character that is not white
+    space, counted from the character that holds its first byte.
+
+    White space alone: the sentence before it, which is the one that holds the white space.
+    """
+    own = [c for c, (_, first, stop) in enumerate(characters) if first < end and stop > start]
+    solid = [c for c in own if not characters[c][0].isspace()]
+    place = solid[0] if solid else own[0]
+    return next(i for i, (first, stop) in enumerate(text_spans) if first <= place < stop)
+
+
+def token_spans(token_bytes, text_spans):
+    """Sentences as token spans; b"" is a special token and goes with the token before it."""
+    characters = decoded(b"".join(token_bytes))
+    sentences, at = [], 0
+    for piece in token_bytes:
+        if piece:
+            sentences.append(sentence_of_token(at, at + len(piece), characters, text_spans))
+        else:
+            sentences.append(sentences[-1] if sentences else None)  # None: joins the first below
+        at += len(piece)
+    first = next((s for s in sentences if s is not None), 0)
+    sentences = [first if s is None else s for s in sentences]
+    spans = []
+    for t, sentence in enumerate(sentences):
+        if t and sentence == sentences[t - 1]:
+            spans[-1] = (spans[-1][0], t + 1)
+        else:
+            spans.append((t, t + 1))
+    return spans
 
 
 def segment_score(margins):

@@ -62,22 +62,6 @@ def test_find_drop_agrees_with_brute_force_on_ten_thousand_series():
     assert min(seen.values()) > 500, seen  # the comparison saw every outcome
 
 
-def test_the_batch_form_agrees_row_by_row():
-    rng = np.random.default_rng(1)
-    rows = [series(rng) for _ in range(300)]
-    S = max(map(len, rows))
-    padded = np.full((len(rows), S), np.nan)
-    for b, row in enumerate(rows):
-        padded[b, : len(row)] = row
-    drops = change_point.find_drops(padded, [len(row) for row in rows], min_side=2)
-    for b, row in enumerate(rows):
-        one = change_point.find_drop(row, min_side=2)
-        found = [drops.index[b], drops.gain[b], drops.bic_none[b], drops.bic_change[b]]
-        np.testing.assert_array_equal(
-            found, [one.index, one.gain, one.bic_none, one.bic_change], err_msg=str(row)
-        )
-
-
 @pytest.mark.parametrize(
     "scores, index, gain",
     [

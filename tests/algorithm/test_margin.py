@@ -34,8 +34,10 @@ def test_every_kind_equals_its_loop(kind, K):
         [ORACLES[kind](list(t), list(s)) for t, s in zip(*rows, strict=True)]
         for rows in zip(teacher, student, strict=True)
     ]
-    np.testing.assert_allclose(margin.margin(kind, teacher, student), expected, rtol=1e-9)
-    device = jax.jit(functools.partial(margin.margin, kind))
+    np.testing.assert_allclose(
+        margin.margin(margin.Settings(kind), teacher, student), expected, rtol=1e-9
+    )
+    device = jax.jit(functools.partial(margin.margin, margin.Settings(kind)))
     actual = device(jnp.array(teacher, jnp.float32), jnp.array(student, jnp.float32))
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
@@ -52,16 +54,18 @@ def test_margin_is_best_minus_second_best_in_any_order():
 @given(st.integers(0, 10**6), st.floats(-50, 50), st.sampled_from(margin.KINDS))
 def test_a_constant_on_all_teacher_values_changes_no_margin(seed, constant, kind):
     teacher, student = random_logp((3,), 4, seed), random_logp((3,), 4, seed + 1)
-    one = margin.margin(kind, teacher, student)
-    np.testing.assert_allclose(margin.margin(kind, teacher + constant, student), one, atol=1e-9)
+    one = margin.margin(margin.Settings(kind), teacher, student)
+    np.testing.assert_allclose(
+        margin.margin(margin.Settings(kind), teacher + constant, student), one, atol=1e-9
+    )
     assert np.all(one >= 0)
 
 
 @given(st.integers(0, 10**6), st.permutations(range(4)), st.sampled_from(margin.KINDS))
 def test_the_order_of_candidates_changes_nothing(seed, order, kind):
     teacher, student = random_logp((3,), 4, seed), random_logp((3,), 4, seed + 1)
-    one = margin.margin(kind, teacher, student)
-    other = margin.margin(kind, teacher[:, order], student[:, order])
+    one = margin.margin(margin.Settings(kind), teacher, student)
+    other = margin.margin(margin.Settings(kind), teacher[:, order], student[:, order])
     np.testing.assert_allclose(one, other, atol=1e-12)
 
 
@@ -77,7 +81,7 @@ def test_the_sampled_token_joins_once_and_only_if_it_is_no_candidate(kind):
     )
     t, s, present = margin.with_sampled(teacher[:, :4], student[:, :4], ids, sampled)
     np.testing.assert_array_equal(present[:, 4], [False, True])
-    actual = margin.margin(kind, t, s, present)
+    actual = margin.margin(margin.Settings(kind), t, s, present)
     expected = [
         ORACLES[kind](list(teacher[0, :4]), list(student[0, :4])),
         ORACLES[kind](list(teacher[1]), list(student[1])),
@@ -88,8 +92,10 @@ def test_the_sampled_token_joins_once_and_only_if_it_is_no_candidate(kind):
 def test_temperature_divides_both_models():
     teacher, student = random_logp((4,), 4), random_logp((4,), 4, seed=1)
     for kind in margin.KINDS:
-        hot = margin.margin(kind, teacher, student, temperature=2.0)
-        np.testing.assert_allclose(hot, margin.margin(kind, teacher / 2, student / 2), rtol=1e-12)
+        hot = margin.margin(margin.Settings(kind, temperature=2.0), teacher, student)
+        np.testing.assert_allclose(
+            hot, margin.margin(margin.Settings(kind), teacher / 2, student / 2), rtol=1e-12
+        )
 
 
 def test_two_equal_models_have_no_advantage_variance():

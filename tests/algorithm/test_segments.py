@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -8,6 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from opd_jax.algorithm import segments
+
+NEWLINE = segments.Settings("nltk_newline")
 
 
 def texts_of(text, spans):
@@ -22,36 +25,6 @@ def assert_covers(spans, length):
     assert all(start < end for start, end in spans)
 
 
-def slow_token_spans(token_bytes, text_spans):
-    """The rule as loops: a token joins the sentence of its first byte, b"" the token before."""
-    data = b"".join(token_bytes)
-    char_of_byte, char = [], 0
-    while len(char_of_byte) < len(data):
-        # The longest piece of up to four bytes that decodes to one character is that character.
-        at = len(char_of_byte)
-        whole = data.decode("utf-8", "replace")
-        for size in (1, 2, 3, 4):
-            rest = data[at + size :].decode("utf-8", "replace")
-            if rest == whole[char + 1 :]:
-                break
-        char_of_byte += [char] * size
-        char += 1
-    sentence_of_char = [i for i, (start, end) in enumerate(text_spans) for _ in range(start, end)]
-    sentence_of_token, byte = [], 0
-    for piece in token_bytes:
-        if piece:
-            sentence_of_token.append(sentence_of_char[char_of_byte[byte]])
-        else:
-            sentence_of_token.append(sentence_of_token[-1] if sentence_of_token else None)
-        byte += len(piece)
-    first = next((s for s in sentence_of_token if s is not None), 0)
-    sentence_of_token = [first if s is None else s for s in sentence_of_token]
-    cuts = [
-        t for t in range(1, len(token_bytes)) if sentence_of_token[t] != sentence_of_token[t - 1]
-    ]
-    return list(zip([0, *cuts], [*cuts, len(token_bytes)], strict=True)) if token_bytes else []
-
-
 def test_mathematical_prose_is_not_split_at_abbreviations_or_decimals():
     text = "By Eq. 4, i.e. x = 3.14, we win. Dr. Hu agrees, cf. Fig. 2. Is it so? Yes! "
     assert texts_of(text, segments.sentence_spans(text)) == [
@@ -62,13 +35,37 @@ def test_mathematical_prose_is_not_split_at_abbreviations_or_decimals():
     ]
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["It is 2:30 p.m. in Rome and 8 a.m. in Lima. ", "So we add.\n"],
+        ["\\text{ p.m.} + 2 \\text{ hours}. ", "Done."],
+        ["From Jan. 3 to Sept. 5, 1990. ", "Then Oct. 7."],
+        ["The U.S. team beat the U.K. team. ", "It won."],
+        ["Ms. Li, Ph.D. in algebra, of Acme Corp. Ltd. agrees. ", "We do, too."],
+        ["Primes (2, 3, etc. and so on) vs. squares. ", "Thus done."],
+        ["Multiples of 7, e.g. 14, i.e. twice it. ", "No more."],
+        # These end a sentence, as words that are no abbreviation here do.
+        ["Hence AO = CO. ", "Then we add."],
+        ["It is 5 cm. ", "So be it."],
+        ["It ends in May. ", "In June it starts."],
+        ["We add 3 mg. ", "Then stir."],
+        ["The sum is odd. ", "The product is even."],
+    ],
+    ids="".join,
+)
+def test_abbreviations_end_no_sentence_and_other_words_do(sentences):
+    text = "".join(sentences)
+    assert texts_of(text, segments.sentence_spans(text)) == sentences
+
+
 def test_newlines_split_only_when_asked():
     text = "  First line\n\n  second line. Third\n"
     assert texts_of(text, segments.sentence_spans(text)) == [
         "  First line\n\n  second line. ",
         "Third\n",
     ]
-    assert texts_of(text, segments.sentence_spans(text, newline=True)) == [
+    assert texts_of(text, segments.sentence_spans(text, NEWLINE)) == [
         "  First line\n\n  ",
         "second line. ",
         "Third\n",
@@ -77,19 +74,20 @@ def test_newlines_split_only_when_asked():
 
 @given(
     st.text(max_size=60) | st.text(alphabet="aA .?!\n\u3002\u0627\u2028\x00", max_size=60),
-    st.booleans(),
+    st.sampled_from(["nltk", "nltk_newline"]),
 )
-@example("", False)
-@example("   ", False)
-@example("\n", True)
-def test_sentences_cover_any_text_exactly(text, newline):
-    assert_covers(segments.sentence_spans(text, newline=newline), len(text))
+@example("", "nltk")
+@example("   ", "nltk")
+@example("\n", "nltk_newline")
+def test_sentences_cover_any_text_exactly(text, kind):
+    assert_covers(segments.sentence_spans(text, segments.Settings(kind)), len(text))
 
 
 @st.composite
 def byte_splits(draw):
     """Any bytes, mostly UTF-8 with sentences, cut anywhere, with special tokens between."""
-    text = draw(st.text(alphabet="aB. ?\n\u00e9\u20ac\U0001f600\ufffd\u0627", max_size=20))
+    alphabet = "aB. ?\n\u00e9\u20ac\U0001f600\ufffd\u0627\u3000\xa0\u2028\x00"
+    text = draw(st.text(alphabet=alphabet, max_size=20))
     data = text.encode() if draw(st.booleans()) else text.encode() + draw(st.binary(max_size=8))
     if draw(st.booleans()) and len(data) > 2:  # damage in the middle
         at = draw(st.integers(0, len(data) - 1))
@@ -99,24 +97,58 @@ def byte_splits(draw):
     return [data[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-@given(byte_splits())
-@example([b"", b"", b"a. B", b"", b". C", b""])
-@example([b"Hi. ", b"\xf0\x9f", b"\x98", b"\x80. Yes."])
-@example([b"A. B. C."])  # sentences that hold no token's first byte
-@example([b"\xff\xff\xe2\x82", b". X. ", b"\xe2", b"Y."])
-def test_tokens_join_the_sentence_of_their_first_byte(token_bytes):
+@given(byte_splits(), st.sampled_from(["nltk", "nltk_newline"]))
+@example([b"", b"", b"a. B", b"", b". C", b""], "nltk")
+@example([b"Hi. ", b"\xf0\x9f", b"\x98", b"\x80. Yes."], "nltk")
+@example([b"A. B. C."], "nltk")  # sentences that no token begins
+@example([b"\xff\xff\xe2\x82", b". X. ", b"\xe2", b"Y."], "nltk")
+@example([b"Hi.", b"\xe3\x80", b"\x80Yes."], "nltk")  # begins inside an ideographic space
+@example([b" ", b"", b"\n", b"Hi.", b" ", b"\n", b"", b"Yes."], "nltk_newline")
+def test_token_spans_equal_the_loops(token_bytes, kind):
     text = b"".join(token_bytes).decode("utf-8", "replace")
-    text_spans = segments.sentence_spans(text)
+    text_spans = segments.sentence_spans(text, segments.Settings(kind))
     spans = segments.token_spans(token_bytes, text_spans)
     assert_covers(spans, len(token_bytes))
-    if text:
-        assert spans == slow_token_spans(token_bytes, text_spans)
+    assert spans == oracle.token_spans(token_bytes, text_spans)
+
+
+@pytest.mark.parametrize(
+    "tokens, sentences",
+    [
+        # Byte-level BPE carries the leading space: " Ann" begins the second sentence.
+        ("He| won|.| Ann| lost|.", ["He won.", " Ann lost."]),
+        ("Hi|.|\n\n|Yes", ["Hi.\n\n", "Yes"]),  # white space alone stays behind
+        ("Hi|.|\n\nYes", ["Hi.", "\n\nYes"]),
+        ("Hi|.| | |Yes", ["Hi.  ", "Yes"]),
+        (" |\n|Hi|.| Yes", [" \nHi.", " Yes"]),  # at the start it joins the first
+        ("Hi|.| Yes|.| ", ["Hi.", " Yes. "]),
+        ("Hi|.|\u3000Yes", ["Hi.", "\u3000Yes"]),  # white space is what str.isspace says
+        ("Hi|.|\xa0Yes", ["Hi.", "\xa0Yes"]),
+        (
+            "\u0647\u0646\u0627.| \u0646\u0639\u0645.",
+            ["\u0647\u0646\u0627.", " \u0646\u0639\u0645."],
+        ),
+        ("Hi. A|. B|.", ["Hi. A", ". B."]),  # "B." holds no token's first character
+        ("x|\x00|.| \x00Y", ["x\x00.", " \x00Y"]),  # NUL is no white space
+        ("One. Two. Three.", ["One. Two. Three."]),
+    ],
+)
+def test_tokens_join_the_sentence_of_their_first_character_that_is_not_white_space(
+    tokens, sentences
+):
+    token_bytes = [piece.encode() for piece in tokens.split("|")]
+    spans = segments.segment(token_bytes)
+    assert [b"".join(token_bytes[a:b]).decode() for a, b in spans] == sentences
+
+
+def test_what_counts_as_white_space_is_what_python_says():
+    white = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    assert sorted(white) == [chr(code) for code in segments.WHITE_SPACE]
 
 
 def test_special_tokens_join_the_token_before():
-    token_bytes = [b"", b"Hi.", b" Yes", b".", b"", b" No", b"."]
-    # " Yes" starts with the white space that ends the first sentence: its first byte is there.
-    assert segments.segment(token_bytes) == [(0, 3), (3, 6), (6, 7)]
+    token_bytes = [b"", b"Hi.", b" Yes", b".", b"", b" No", b".", b"", b""]
+    assert segments.segment(token_bytes) == [(0, 2), (2, 5), (5, 9)]
     assert segments.token_spans([b"", b""], []) == [(0, 2)]
     assert segments.token_spans([], []) == []
 
@@ -124,7 +156,7 @@ def test_special_tokens_join_the_token_before():
 def test_a_sentence_of_sixteen_thousand_tokens_is_one_span():
     token_bytes = [b" word"] * 16_384
     assert segments.segment(token_bytes) == [(0, 16_384)]
-    capped = segments.segment(token_bytes, max_tokens=1000)
+    capped = segments.segment(token_bytes, segments.Settings(max_tokens=1000))
     assert_covers(capped, 16_384)
     assert max(end - start for start, end in capped) == 1000
 
@@ -133,20 +165,26 @@ def test_a_sentence_of_sixteen_thousand_tokens_is_one_span():
 @pytest.mark.parametrize("max_tokens", [0, 2])
 def test_every_kind_covers_the_tokens(kind, max_tokens):
     token_bytes = [b"One two. ", b"Three\n", b"", b"\xf0\x9f", b"\x98\x80 four. ", b"Five"]
+    length = dict(fixed_tokens=4) if kind == "fixed_tokens" else {}
+    settings = segments.Settings(kind, max_tokens=max_tokens, **length)
     for n in range(len(token_bytes) + 1):
-        spans = segments.segment(token_bytes[:n], kind=kind, fixed_tokens=4, max_tokens=max_tokens)
+        spans = segments.segment(token_bytes[:n], settings)
         assert_covers(spans, n)
         if max_tokens:
             assert all(end - start <= max_tokens for start, end in spans)
     if not max_tokens:
         counts = dict(nltk=3, nltk_newline=4, fixed_tokens=2, token=6)
-        assert len(segments.segment(token_bytes, kind=kind, fixed_tokens=4)) == counts[kind]
+        assert len(segments.segment(token_bytes, settings)) == counts[kind]
 
 
 def test_rows_go_through_ids_and_unknown_ids_are_special():
     token_bytes = [b"Hi. ", b"Yes. ", b""]
     rows = [np.array([0, 1, 2], np.int32), np.array([], np.int32), np.array([1, 99, -1])]
-    assert segments.segment_rows(rows, token_bytes=token_bytes) == [[(0, 1), (1, 3)], [], [(0, 3)]]
+    assert segments.segment_rows(rows, token_bytes=token_bytes, settings={}) == [
+        [(0, 1), (1, 3)],
+        [],
+        [(0, 3)],
+    ]
 
 
 def test_scores_are_log1p_of_the_mean_margin():

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import math
+import re
+import types
 
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from opd_jax.algorithm import selectors
+from opd_jax.algorithm.selector import NEEDED_FOR, Selector, Signals, selection
+from opd_jax.settings import number
 
 LENGTH = np.array([30, 10, 0, 1, 22])
 B, T, K = len(LENGTH), 32, 4
@@ -28,13 +30,12 @@ def signals(seed=0, **changes):
         margin_bt=rng.exponential(size=(B, T)),
         advantage_bt=rng.normal(size=(B, T)),
         student_entropy_bt=rng.random((B, T)),
-        teacher_entropy_bt=rng.random((B, T)),
         candidate_logp_btk=logp,
         teacher_logp_btk=logq,
         spans_b=[spans_of(n) for n in LENGTH],
         rng=np.random.default_rng(seed),
     )
-    return selectors.Signals(**(made | changes))
+    return Signals(**(made | changes))
 
 
 def with_drop(at_segment=4):
@@ -59,7 +60,6 @@ def test_every_selector_keeps_to_valid_and_usable_tokens(kind):
     assert np.all(chosen.weight_bt[~usable] == 0) and np.all(np.isfinite(chosen.weight_bt))
     np.testing.assert_array_equal(chosen.weight_bt > 0, chosen.supervised_bt)
     assert np.all((0 <= chosen.release_b) & (chosen.release_b <= LENGTH))
-    np.testing.assert_array_equal(chosen.usable_bt, usable)
 
 
 @pytest.mark.parametrize("kind", selectors.SELECTORS)
@@ -84,7 +84,7 @@ def test_unusable_tokens_equal_deleted_ones(kind):
     fields = {k: delete(v) for k, v in vars(full).items() if k not in ("rng", "usable_bt")}
     spans = [spans_of(27), *full.spans_b[1:]]
     deleted = selectors.build(kind)(
-        selectors.Signals(**(fields | dict(spans_b=spans, rng=np.random.default_rng(0))))
+        Signals(**(fields | dict(spans_b=spans, rng=np.random.default_rng(0))))
     )
     if kind in ("shuffled_bic", "random_bic"):  # shares of another length: only the gain is equal
         np.testing.assert_allclose(masked.gain_b, deleted.gain_b)
@@ -107,7 +107,6 @@ def test_the_release_rule_row_by_row_against_the_loops():
         assert chosen.release_b[b] == release
         assert chosen.gain_b[b] == pytest.approx(gain, rel=1e-6)
         np.testing.assert_array_equal(chosen.supervised_bt[b], np.arange(T) < release)
-    np.testing.assert_array_equal(chosen.num_segments_b, [10, 4, 0, 1, 8])
 
 
 def test_a_drop_releases_its_suffix_and_no_drop_releases_nothing():
@@ -206,9 +205,7 @@ def test_two_hosts_select_what_one_would(kind):
             return gathered[len(asked) - 1]
 
         part = {k: v[first:stop] for k, v in rows.items()}
-        made = selectors.Signals(
-            **part, gather=gather, first_row=first, rng=np.random.default_rng(9)
-        )
+        made = Signals(**part, gather=gather, first_row=first, rng=np.random.default_rng(9))
         return made, asked
 
     # First pass: learn what each host hands to gather; the whole is their concatenation.
@@ -298,83 +295,46 @@ def test_tip_equals_the_loop():
     assert {tuple(bt) for bt in np.argwhere(chosen.supervised_bt)} == top(score, 0.5)
 
 
-# --- weights and denominators ---
+@pytest.mark.parametrize("field, need", NEEDED_FOR.items())
+def test_reading_a_signal_that_was_not_asked_for_is_refused_and_says_what_to_add(field, need):
+    with pytest.raises(AttributeError, match=f"signals.{field}.*add '{need}' to its `needs`"):
+        getattr(Signals(valid_bt=VALID), field)
+    assert getattr(signals(), field) is not None
 
 
-def random_masks(seed, soft=0.0):
-    rng = np.random.default_rng(seed)
-    valid = np.arange(9) < rng.integers(0, 10, 4)[:, None]
-    supervised = valid & (np.arange(9) < rng.integers(0, 10, 4)[:, None])
-    weight = np.where(supervised, 1.0, soft) * valid
-    return valid, supervised, weight, rng.normal(size=(4, 9))
+@pytest.mark.parametrize("kind", selectors.SELECTORS)
+def test_every_selector_names_what_it_reads(kind):
+    """With nothing else handed out. Catches a name that is missing in `needs`."""
+    selector = selectors.build(kind)
+    dropped = {field: None for field, need in NEEDED_FOR.items() if need not in selector.needs}
+    selector(signals(**dropped))
 
 
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.0, 0.5]))
-def test_the_default_loss_equals_the_loops(seed, rescale, soft):
-    valid, supervised, weight, loss = random_masks(seed, soft)
-    final, denominator = selectors.loss_weights(
-        supervised, weight, valid, rescale="sequence" if rescale else "none"
-    )
-    taught = supervised.any(axis=1)
-    assert denominator == taught.sum()
-    if not taught.any():
-        assert not final.any()
-        return
-    q = [
-        list(row) if is_taught else [0.0] * 9 for row, is_taught in zip(weight, taught, strict=True)
-    ]
-    wanted = oracle.batch_loss(loss.tolist(), valid.tolist(), q, rescale)
-    assert np.sum(final * loss) / denominator == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-
-
-@given(st.integers(0, 10**6))
-def test_the_default_is_the_mean_of_row_means_over_supervised_tokens(seed):
-    valid, supervised, weight, loss = random_masks(seed)
-    final, denominator = selectors.loss_weights(supervised, weight, valid)
-    rows = [loss[b][supervised[b]].mean() for b in range(4) if supervised[b].any()]
-    if rows:
-        assert np.sum(final * loss) / denominator == pytest.approx(
-            np.mean(rows), rel=1e-5, abs=1e-6
-        )
-
-
-def test_aggregates_and_rescaling_by_hand():
-    valid = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
-    supervised = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
-
-    def run(**knobs):
-        return selectors.loss_weights(supervised, supervised * 1.0, valid, **knobs)
-
-    for knobs, first, second, denominator in (
-        (dict(), 1, 1 / 2, 2),
-        (dict(rescale="none"), 1 / 4, 1 / 2, 2),
-        (dict(rescale="batch"), 1 / 4 * 2, 1 / 2 * 2, 2),  # 6 valid tokens, 3 supervised
-        (dict(max_rescale=2.0), 1 / 4 * 2, 1 / 2, 2),
-        (dict(aggregate="token_mean"), 4, 1, 6),
-        (dict(aggregate="token_mean", rescale="batch"), 2, 2, 6),  # = mean of supervised tokens
-        (dict(aggregate="token_mean", rescale="none"), 1, 1, 6),
+def test_a_setting_of_another_kind_is_refused_unless_it_is_at_its_default():
+    section = dict(selectors.DEFAULTS)
+    for kind in selectors.SELECTORS:
+        assert selectors.of({"kind": kind, **section}) == selectors.build(kind)
+    assert selectors.of({"kind": "bic", **section, "min_side": 3}).min_side == 3
+    assert selectors.of({"kind": "tip", **section, "fraction": 0.25}).fraction == 0.25
+    for kind, name, value, works in (
+        ("full", "min_side", 3, "selector.min_side=1, or --config.selector.kind=bic"),
+        ("bic", "length", 64, "selector.length=1024, or --config.selector.kind=fixed_prefix"),
+        ("iw_opd", "fraction", 0.5, "selector.fraction=0.0, or --config.selector.kind=fixed_f"),
     ):
-        weight, total = run(**knobs)
-        np.testing.assert_allclose(weight[0, 0], first)
-        np.testing.assert_allclose(weight[1, 0], second)
-        assert total == denominator and not weight[2].any() and not weight[0, 1:].any()
+        given = f"config.selector.{name}={value} is not read by kind={kind}. Set --config.{works}"
+        with pytest.raises(ValueError, match=re.escape(given)):
+            selectors.of({"kind": kind, **section, name: value})
 
 
-def test_batch_rescaling_counts_the_rows_of_all_hosts():
-    valid, supervised, weight, _ = random_masks(11)
-    whole, _ = selectors.loss_weights(supervised, weight, valid, rescale="batch")
-    handed = []
-    selectors.loss_weights(
-        supervised, weight, valid, rescale="batch", gather=lambda x: handed.append(x) or x
-    )
-    half, _ = selectors.loss_weights(
-        supervised[:2], weight[:2], valid[:2], rescale="batch", gather=lambda x: handed[0]
-    )
-    np.testing.assert_array_equal(half, whole[:2])
+def test_a_selector_of_ones_own_needs_no_key_in_the_config(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class EveryOther(Selector):
+        step: int = number(2, least=1)
 
+        def __call__(self, signals):
+            return selection(signals, signals.valid_bt & (signals.position_1t % self.step == 0))
 
-def test_position_weights_leave_the_rescaling_alone():
-    valid = supervised = np.ones((1, 4), bool)
-    weight, denominator = selectors.loss_weights(supervised, np.full((1, 4), 1.5), valid)
-    np.testing.assert_allclose(weight, 1.5 / 4)
-    assert denominator == 1
+    monkeypatch.setitem(selectors.SELECTORS, "every_other", EveryOther)
+    monkeypatch.setattr(selectors, "Kind", lambda kind: types.SimpleNamespace(kind=kind))
+    chosen = selectors.of({"kind": "every_other", **selectors.DEFAULTS})(signals())
+    np.testing.assert_array_equal(chosen.supervised_bt.sum(1), [15, 5, 0, 1, 11])

@@ -130,7 +130,7 @@ def make_trajectory(rng, step, row, collapse, hostile):
     )
     margin = margin * rng.uniform(0.6, 1.4, T)
     release = spans[change][0] if collapse else T
-    return records.trajectory(
+    return records.Trajectory(
         step=step,
         row=row,
         example_id=f"total-{row}",
@@ -155,7 +155,7 @@ def make_trajectory(rng, step, row, collapse, hostile):
         change_point=change,
         release=release,
         gain=float(rng.gamma(3, 8)) if collapse else -3.0,
-    )
+    ).as_json()
 
 
 def _split(sentence):

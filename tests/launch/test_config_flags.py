@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from launch import config_flags
+from tests import advice
 
 CONFIG = """
 import ml_collections as mlc
@@ -64,12 +65,40 @@ def test_flags_override_keys_of_every_type(config_file, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("given", "expanded"),
+    [
+        ("--workdir=~/runs", "--workdir=/home/me/runs"),
+        ("--config=~/mine.py:tiny", "--config=/home/me/mine.py:tiny"),
+        ("--config.student.path=~/model", "--config.student.path=/home/me/model"),
+        ("-output=~", "-output=/home/me"),
+        ("--workdir=runs/~/x", "--workdir=runs/~/x"),
+        ("--workdir=gs://BUCKET/~", "--workdir=gs://BUCKET/~"),
+        ("--title=a=~/b", "--title=a=~/b"),
+        ("~/x", "~/x"),  # a shell has seen to this one
+    ],
+)
+def test_a_tilde_at_the_start_of_a_value_is_the_home_directory(given, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config_flags.expand_home(["prog", given]) == ["prog", expanded]
+    assert config_flags.expand_home(["prog", "--", given]) == ["prog", "--", given]
+
+
+def test_a_tilde_is_expanded_in_the_config_and_its_keys(config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(
+        "--config=~/some_config.py:tiny", "--config.rollout.kind=~/x", monkeypatch=monkeypatch
+    )
+    assert config.rollout.batch_size == 8 and config.rollout.kind == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--config.rollout.batchsize=8", "--config.rollout.batch_size=256"),
         ("--config.batch_size=8", "did you mean rollout.batch_size?"),
         ("--noconfig.tensorbord", "did you mean tensorboard?"),
         ("--config.sed=1", "--config.seed=0"),
+        ("--config.msh=1", """--config.mesh='(("data", 1), ("fsdp", -1))'"""),
         ("--config.rollout=3", "set one of --config.rollout.batch_size"),
         ("--config.seed.x=3", "config has no key 'seed.x'; did you mean seed?"),
         ("--config.qqqqqq=3", "see configs/base.py"),
@@ -93,8 +122,9 @@ def test_flags_override_keys_of_every_type(config_file, monkeypatch):
     ],
 )
 def test_a_wrong_key_or_value_names_one_that_works(argument, message, config_file, monkeypatch):
-    with pytest.raises(config_flags.ConfigError, match=re.escape(message)):
+    with pytest.raises(config_flags.ConfigError, match=re.escape(message)) as error:
         parse(f"--config={config_file}", argument, monkeypatch=monkeypatch)
+    advice.check(error.value, config_file)
 
 
 def test_a_tuple_given_twice_is_refused_and_a_number_given_twice_is_the_last(
@@ -176,9 +206,12 @@ def test_a_launcher_ends_with_one_message_and_no_traceback(config_file, tmp_path
             command, capture_output=True, text=True, env={"PYTHONPATH": ".", "PATH": ""}, timeout=60
         )
 
-    good, bad = start("--config.seed=7", "rest"), start("--config.sead=7")
-    assert good.returncode == 0 and good.stdout == "7 ['rest']\n"
+    good, bad = start("--config.seed=7"), start("--config.sead=7")
+    assert good.returncode == 0 and good.stdout == "7 []\n"
     assert "a library warns" in good.stderr and "a library speaks" not in good.stderr
     assert "a library speaks" in start("--verbosity=0").stderr
     assert bad.returncode == 1 and "did you mean seed?" in bad.stderr
     assert "Traceback" not in bad.stderr
+    stray = start("--config.seed=7", "config.names=(1, 2)")
+    assert stray.returncode == 1 and "Traceback" not in stray.stderr
+    assert "'config.names=(1, 2)' is no flag: flags are written --NAME=VALUE" in stray.stderr

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exported checkpoint is the student's parameters, in a directory that loads by itself."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,78 @@ def test_what_cannot_be_exported_says_what_can(run, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint yet.*every_steps=2"):
         export.export(str(tmp_path / "new"), str(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
+
+
+def test_an_export_is_replaced_by_the_next_one(run, tmp_path):
+    workdir, _, params = run
+    for step in (2, 4):
+        export.export(workdir, str(tmp_path / "exported"), step)
+        made = records.read_json(tmp_path / "exported", export.MARK)
+        assert (made["workdir"], made["step"]) == (workdir, step)
+    (tmp_path / "empty").mkdir()
+    assert export.export(workdir, str(tmp_path / "empty")) == 4
+
+
+@pytest.fixture
+def own_model(run, tmp_path):
+    """The run's student as a directory of the user's, beside the run."""
+    workdir, *_ = run
+    model = shutil.copytree(hf.resolve("embedded:student"), tmp_path / "models" / "student")
+    records.write_json(
+        workdir, "config.json", {"student": {"path": str(model)}, "checkpoint": {"every_steps": 2}}
+    )
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "models" / "other").mkdir()
+    (tmp_path / "models" / "other" / "config.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("three years")
+    (tmp_path / "file").write_text("mine")
+    return workdir
+
+
+def everything(root) -> dict:
+    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    ["models/student", "models/student/", "models", "link", "run", "run/checkpoints/..", "."],
+)
+def test_what_is_being_read_is_never_replaced(own_model, tmp_path, monkeypatch, output, overwrite):
+    """It deleted the source model, and said that it "is now the model"."""
+    monkeypatch.chdir(tmp_path)
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="what the export reads .*Set --output to a new direct"):
+        export.export(own_model, output, overwrite=overwrite)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "flag_helps"), [("models/other", True), ("notes", False), ("file", False)]
+)
+def test_what_is_no_export_is_replaced_by_flag_alone(
+    own_model, tmp_path, monkeypatch, output, flag_helps
+):
+    monkeypatch.chdir(tmp_path)
+    before = everything(tmp_path)
+    says = f"--output={output} exists and is no export .*--output={output}-exported; or .*--overw"
+    with pytest.raises(ValueError, match=says):
+        export.export(own_model, output)
+    assert everything(tmp_path) == before
+    if flag_helps:
+        assert export.export(own_model, output, overwrite=True) == 4
+        hf.load(tmp_path / output)
+    else:  # a folder of anything but a model is not replaced at all
+        with pytest.raises(OSError):
+            export.export(own_model, output, overwrite=True)
+        assert everything(tmp_path) == before
+
+
+def test_a_new_directory_beside_or_below_the_model_is_taken(own_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("models/student-exported", "models/student/step4", "run/exported"):
+        assert export.export(own_model, output) == 4
 
 
 def test_exporting_leaves_what_the_run_is_writing(run, tmp_path):

@@ -153,6 +153,93 @@ def test_a_slice_of_a_view_in_another_tiling_reads_the_slice():
     assert read == [layer, whole, whole]
 
 
+HEAD = """\
+HloModule m, is_scheduled=true
+
+%bits (p: bf16[4096,64]) -> bf16[4096,64] {
+  %p = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %bitcast = bf16[4096,64]{1,0:T(8,128)(2,1)} bitcast(%p)
+}
+
+%logits (head: bf16[4096,64], hidden: bf16[4,64]) -> f32[4,4096] {
+  %head = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %same = bf16[4096,64]{1,0:T(8,128)(2,1)} fusion(%head), kind=kLoop, calls=%bits
+  %hidden = bf16[4,64]{1,0:T(4,128)(2,1)} parameter(1)
+  ROOT %product = f32[4,4096]{1,0:T(4,128)S(1)} convolution(%hidden, %same), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (head: bf16[4096,64], hidden: bf16[4,64]) -> f32[4,4096] {
+  %head = bf16[4096,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %hidden = bf16[4,64]{1,0:T(4,128)(2,1)} parameter(1)
+  ROOT %out = f32[4,4096]{1,0:T(4,128)S(1)} fusion(%head, %hidden), kind=kOutput, calls=%logits
+}
+"""
+
+
+def test_a_head_behind_a_fusion_of_bitcasts_is_read():
+    """As TPUs decode: the vocabulary head is read once a token step; it was counted as nothing."""
+    assert hlo_cost.count(hlo.parse(HEAD)).hbm_bytes == 2 * (4096 * 64 + 4 * 64)
+
+
+OVERLAPPED = """\
+HloModule m, is_scheduled=true, num_partitions=4
+
+%start (shard: f32[16,64]) -> (f32[16,64], f32[64,64], u32[]) {
+  %shard = f32[16,64]{1,0} parameter(0)
+  %gather = f32[64,64]{1,0} all-gather(%shard), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %begun = (f32[16,64]{1,0}, f32[64,64]{1,0}, u32[]{:S(2)}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (x: f32[8,8], shard: f32[16,64], whole: f32[64,64]) -> (f32[8,8], f32[16,64], f32[64,64]) {
+  %x = f32[8,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} negate(%x)
+  %shard = f32[16,64]{1,0} parameter(1)
+  %whole = f32[64,64]{1,0} parameter(2)
+  %gather = f32[64,64]{1,0} all-gather(%shard), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %out = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) tuple(%y, %shard, %gather)
+}
+
+%finish (shard: f32[16,64], whole: f32[64,64]) -> f32[64,64] {
+  %shard = f32[16,64]{1,0} parameter(0)
+  %whole = f32[64,64]{1,0} parameter(1)
+  %gather = f32[64,64]{1,0} all-gather(%shard), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %done = f32[64,64]{1,0} custom-call(%shard, %whole, %gather), custom_call_target="AsyncCollectiveDone"
+}
+
+%layer (carry: (f32[8,8], f32[16,64], f32[64,64])) -> (f32[8,8], f32[16,64], f32[64,64]) {
+  %carry = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%carry), index=0
+  %shard = f32[16,64]{1,0} get-tuple-element(%carry), index=1
+  %whole = f32[64,64]{1,0} get-tuple-element(%carry), index=2
+  ROOT %both = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) fusion(%x, %shard, %whole), kind=kLoop, calls=%beside
+}
+
+%more (carry: (f32[8,8], f32[16,64], f32[64,64])) -> pred[] {
+  %carry = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) parameter(0)
+  ROOT %yes = pred[]{:S(2)} constant(true)
+}
+
+ENTRY %main (x: f32[8,8], shard: f32[16,64]) -> f32[64,64] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %shard = f32[16,64]{1,0} parameter(1)
+  %begun = (f32[16,64]{1,0}, f32[64,64]{1,0}, u32[]{:S(2)}) fusion(%shard), kind=kCustom, calls=%start
+  %whole = f32[64,64]{1,0} get-tuple-element(%begun), index=1
+  %carry = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) tuple(%x, %shard, %whole)
+  %layers = (f32[8,8]{1,0}, f32[16,64]{1,0}, f32[64,64]{1,0}) while(%carry), condition=%more, body=%layer, backend_config={"known_trip_count":{"n":"28"}}
+  %last = f32[64,64]{1,0} get-tuple-element(%layers), index=2
+  ROOT %gathered = f32[64,64]{1,0} fusion(%shard, %last), kind=kCustom, calls=%finish
+}
+"""  # noqa: E501
+
+
+def test_a_gather_that_runs_beside_the_layers_counts_once():
+    """As v5e decodes with tensor=4: start, a part in every layer, and end, of one transfer."""
+    costs = hlo_cost.count(hlo.parse(OVERLAPPED))
+    shard, whole, layer = 4 * 16 * 64, 4 * 64 * 64, 4 * 8 * 8
+    assert costs.collectives == {("all-gather", (0, 1, 2, 3)): 3 * shard}
+    assert costs.hbm_bytes == shard + whole + 28 * 2 * layer
+
+
 @pytest.mark.parametrize("replicated", [False, True])
 def test_a_device_counts_its_share_or_all_of_what_is_replicated(replicated):
     mesh = _cpu_mesh()
@@ -188,6 +275,10 @@ def test_collectives_by_kind_and_group():
         ("mesh['a'=4,'b'=2] {'b'}", (0, 1)),
         ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", (0, 1, 4, 5)),
         ("mesh['a'=4,'b'=2] {'a':(2)2}", (0, 2)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("mesh['a'=4,'b'=2], device_ids=([8]) {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2], device_ids=(7,6,5,4,3,2,1,0) {'a':(1)2}", (7, 3)),
     ],
 )
 def test_replica_groups_in_every_spelling(text, group):
@@ -272,3 +363,18 @@ def test_tpu_splash_attention_counts_the_blocks_under_the_diagonal(tpu_mesh):
     both = _count(jax.grad(loss, argnums=(0, 1, 2)), shape, shape, shape)
     assert both.kernel_flops == (2 + 5) * whole * live
     assert not both.unknown_kernels
+
+
+def test_tpu_splash_attention_of_one_row_and_one_key_head(tpu_mesh):
+    """With tensor=4 a device may hold one head of keys, which then has two dimensions."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    N, L, H, block = 2, 1024, 128, 512
+    sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block)
+    mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * N)
+    splash = kernel.make_splash_mqa_single_device(mask, block_sizes=sizes)
+    attend = jax.shard_map(splash, mesh=tpu_mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    keys = _struct((L, H), BF16, tpu_mesh)
+    costs = _count(attend, _struct((N, L, H), BF16, tpu_mesh), keys, keys)
+    assert costs.kernel_flops == 2 * 2 * N * H * 3 * block * block  # three of the four blocks

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from launch import launcher
+from tests import advice
 
 SLURM = dict(
     SLURM_JOB_ID="7",
@@ -77,8 +78,11 @@ def without(name):
     ("place", "message"),
     [
         (("h:1", 0, -1, {}), "--num_processes=2 and --process_id=0 (1, ... on the others) missing"),
-        (("", 2, 0, {}), "half set: --coordinator=HOST:PORT missing"),
-        (("h:1", 2, -1, {}), "half set: --process_id=0 (1, ... on the others) missing"),
+        (("", 2, 0, {}), "not described in full: --coordinator=HOST:PORT missing"),
+        (
+            ("h:1", 2, -1, {}),
+            "not described in full: --process_id=0 (1, ... on the others) missing",
+        ),
         (("host", 2, 0, {}), "must be HOST:PORT of process 0, as --coordinator=host:8476"),
         (("h:1", 2, 2, {}), "the last process is --process_id=1"),
         (
@@ -91,9 +95,10 @@ def without(name):
         ),
     ],
 )
-def test_a_half_set_place_is_refused_and_names_what_is_missing(place, message):
-    with pytest.raises(SystemExit, match=re.escape(message)):
+def test_an_incomplete_description_of_a_process_names_what_is_missing(place, message):
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
         launcher.place(*place)
+    advice.check(error.value)
 
 
 def test_a_tpu_host_joins_by_itself_and_refuses_a_missing_worker_id(monkeypatch):

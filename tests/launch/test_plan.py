@@ -17,6 +17,7 @@ from launch.plan.hlo_cost import Costs
 from opd_jax import parallel
 from opd_jax.model import published
 from opd_jax.model.qwen3 import Qwen3Config
+from tests import advice as advice_in_bash
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests/golden/plan_v5e_2x2.json"
@@ -43,8 +44,9 @@ def slice_of(kind: str, shape: tuple[int, ...], per_chip: int = 1) -> chips.Slic
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused_with_one_that_does(topology, names):
-    with pytest.raises(ValueError, match=re.escape(names)):
+    with pytest.raises(ValueError, match=re.escape(names)) as error:
         chips.describe(topology)
+    advice_in_bash.check(error.value)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
@@ -135,6 +137,26 @@ def test_a_response_longer_than_the_longest_cannot_be_assumed():
         run.assumptions(config, response_mean=20000, **given)
 
 
+def test_a_model_that_is_not_there_names_the_flag():
+    with pytest.raises(ValueError, match="^--config.teacher.path=nowhere cannot be read: .*Give"):
+        run.model_config("nowhere", "teacher")
+
+
+def test_what_cannot_fit_is_said_by_arithmetic_and_not_compiled():
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    config = config_flags.load(str(ROOT / "configs/paper.py:1.7b"))
+    compiled = []
+    plan = run.plan(config, chips.describe("v5e:2x4"), assume(config), compiled.append)
+    assert not plan.fits and plan.step_seconds is None and not compiled
+    cache = 2 * 28 * 1024 * 8 * (2048 + 16384) * 128 * 2 / 8  # keys and values, rows over 8 chips
+    weights = 1.72e9 * 2
+    assert plan.stages["decode"].memory["arguments"] == pytest.approx(cache + weights, rel=0.01)
+    lines = advice.advise(plan, config)
+    assert lines[0].startswith("decode is short of") and "--topology=v5e:4x4" in lines[0]
+    assert not any("head_chunk" in line for line in lines)  # no temporary was counted
+    assert predict.by_arithmetic({"decode": {"arguments": 8 * GIB}}, plan.chips) == {}
+
+
 @pytest.mark.parametrize(
     "message, gib",
     [
@@ -156,7 +178,7 @@ def plan_of(**gib) -> text.Plan:
     found = {}
     for name, size in gib.items():
         stage = predict.Stage(name, runs=2, flops=197e12, seconds=2.0, bound="hbm")
-        stage.memory = {"resident": 1.0 * GIB, "arguments": (size - 1.0) * GIB}
+        stage.memory = {"resident": 1.0 * GIB, "temporaries": (size - 1.0) * GIB}
         found[name] = stage
     mesh = dict(data=1, fsdp=4, tensor=1, expert=1)
     return text.Plan(slice_of("v5e", (2, 2)), mesh, found, 8000.0, "nothing")
@@ -185,6 +207,8 @@ def test_what_does_not_fit_is_named_with_flags_that_help():
     assert "update is short of 0.25 GiB" in lines[1]
     assert "--config.pack.head_chunk=" in lines[1] and "('tensor',2)" in lines[1]
     assert "--topology=v5e:2x4" in lines[1]
+    for line in lines:
+        advice_in_bash.check(line)
     table = text.as_table(plan, lines)
     assert "fits       no" in table and lines[0] in table
 
@@ -194,7 +218,7 @@ def test_a_stage_that_does_not_compile_has_no_time():
     plan.stages["update"].flops = plan.stages["update"].seconds = None
     assert plan.step_seconds is None and not plan.fits
     assert text.as_json(plan)["stages"]["update"]["seconds"] is None
-    assert "does not compile" in text.as_table(plan, [])
+    assert "does not fit" in text.as_table(plan, [])
 
 
 def test_only_models_with_experts_are_searched_for_meshes_that_divide_them():
@@ -220,12 +244,21 @@ def test_search_ranks_what_fits_by_time_and_goes_on_from_the_best_mesh():
         found.stages["update"].seconds = 2.0 - config.pack.micro_batch_rows / 16
         return found
 
-    found = search.search(config, plan, 4, 128, lambda line: None)
+    said = []
+    found = search.search(config, plan, 4, 128, said.append)
     assert tried == [(1, 0), (1, 0), (2, 0), (4, 0), (2, 4), (2, 8)]
     element, best = found[0]
     assert best.fits and element["pack.micro_batch_rows"] == 8
     assert not found[-1][1].fits
-    assert search.as_table(found).splitlines()[1].startswith("--config.mesh=")
+    table = search.as_table(found)
+    assert table.splitlines()[1].startswith("--config.mesh='((")
+    for line in (*said, *table.splitlines()):
+        advice_in_bash.check(line)
+    # What each came to is said as it comes, so that a search that is killed leaves it.
+    assert said[0].startswith("candidate 1 of 6: --config.mesh='((")
+    assert said[1] == "  fits no, largest GiB 99.00, of GiB 15.75, s per step 2"
+    assert said[7] == "  not possible: heads"
+    assert len(said) == 2 * len(tried)
 
 
 # --- the paper's configs ---
@@ -308,6 +341,11 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     measured = {name: stage.hbm_bytes for name, stage in plan.stages.items()}
     print(json.dumps(measured, indent=2))
     assert plan.fits
+    pieces = run.pieces(
+        config, parallel.build_mesh(config.mesh, list(plan.chips.devices)), assume(config)
+    )
+    for name, kinds in pieces.least().items():
+        assert 0.3 * measured[name] < sum(kinds.values()) <= measured[name], name
     assert all(stage.flops > 0 and stage.seconds > 0 for stage in plan.stages.values())
     assert not square, "splash attention holds no [L, L] scores"
     recorded = json.loads(GOLDEN.read_text())
@@ -317,7 +355,7 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "op_name, trips",
+    "op_name, number",
     [
         ("jit(accumulate)/while", 3.0),
         ("jit(accumulate)/jvp()/while/body/closed_call/shard_map/cond/branch_0_fun/while", 1.0),
@@ -325,9 +363,12 @@ def test_a_whole_step_compiles_for_v5e_and_its_memory_does_not_grow(tmp_path, mo
     ],
     ids=["head", "scanned mixture", "unrolled mixture"],
 )
-def test_only_the_heads_loop_makes_the_heads_trips(op_name, trips):
+def test_only_the_heads_loop_makes_the_heads_iterations(op_name, number):
     """As JAX names them; a mixture's pieces are counted once, being inside a layer."""
-    assert stages.Piece("update", 1, lambda: None, 0.0, head_trips=3.0).trips(op_name) == trips
+    assert (
+        stages.Piece("update", 1, lambda: None, 0.0, head_iterations=3.0).iterations(op_name)
+        == number
+    )
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from launch import pod
+from tests import advice
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RUN = ("--config=configs/quickstart.py", "--workdir=gs://bucket/run", "--config.names=('a',)")
@@ -120,8 +121,9 @@ def test_a_complete_pod_is_accepted(platform, arguments):
     ],
 )
 def test_what_cannot_be_started_names_a_flag_that_works(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         pod.check(make(**changes))
+    advice.check(error.value)
 
 
 def test_a_misspelt_key_of_the_run_is_refused_before_anything_is_created(arguments):

@@ -98,6 +98,18 @@ def test_seeds_of_one_config_are_one_arm_named_by_what_differs(study):
     assert values[-1].high - values[-1].mean == pytest.approx(half, rel=1e-5)
 
 
+def test_seeds_from_before_and_after_a_new_key_are_one_arm(tmp_path):
+    """Seeds 0 and 1 are older than the key; 2 has its default, 3 another value."""
+    for seed, knobs in enumerate(({}, {}, {"trim": 0.1}, {"trim": 0.2})):
+        config = {"selector": {"kind": "bic"} | knobs}
+        synthetic_runs.make_run(tmp_path / f"{seed}", config=config, seed=seed, steps=2)
+    arms = collect.arms(collect.find_runs([tmp_path]))
+    assert {a.label: [r.seed for r in a.runs] for a in arms} == {
+        "trim=0.1": [0, 1, 2],
+        "trim=0.2": [3],
+    }
+
+
 def test_curves_against_tokens_and_seconds_use_the_runs_own_totals(study):
     full = next(a for a in collect.arms(collect.find_runs([study])) if a.label == "kind=full")
     tokens, _ = full.curve("eval/accuracy", "total/supervised_tokens")

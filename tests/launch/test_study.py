@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_every_arm_is_a_valid_config_that_is_known_again(variant):
     names = []
     for element in elements[: len(arms)]:  # one seed: applying overrides takes a while
         resolved = config_flags.apply_overrides(config, element)
-        flat = collect.flatten(json.loads(json.dumps(resolved.to_dict())))
+        flat = config_flags.flatten(json.loads(json.dumps(resolved.to_dict())))
         names.append(study.arm_of(flat))
     assert names == list(arms)
     assert len({sweep.directory_name(e) for e in elements}) == len(elements)
@@ -120,7 +121,7 @@ def test_the_baselines_are_arms():
 
 
 def test_a_config_of_no_arm_is_none():
-    flat = collect.flatten(study.get_config().to_dict())
+    flat = config_flags.flatten(study.get_config().to_dict())
     assert study.arm_of(flat) == study.RULE
     assert study.arm_of(flat | {"selector.kind": "tip"}) is None
     assert study.arm_of({}) is None
@@ -153,12 +154,51 @@ def test_the_command_writes_results_that_give_the_same_tables(runs, capsys):
     assert capsys.readouterr().out == f"#### The {runs.name} pair\n\n{first}"
 
 
-def test_a_run_that_is_not_finished_is_left_out(tmp_path):
+def test_an_arm_with_a_selector_of_ones_own_is_in_every_table(runs, tmp_path, capsys):
+    """As a user adds one to a study's workdir, three seeds, under a name that the study lacks."""
+    for source in runs.glob("selector*"):
+        (tmp_path / source.name).symlink_to(source)
+    for seed in range(3):
+        overrides = {"selector.kind": "bic", "seed": seed} | STEPS
+        config = config_flags.apply_overrides(study.get_config(), overrides).to_dict()
+        config["selector"]["kind"] = "my_own"
+        path = tmp_path / f"selector.kind=my_own,seed={seed}"
+        synthetic_runs.make_run(path, config=config, seed=seed, gain=0.2, steps=10)
+    study_command.main([f"--workdir={tmp_path}"])
+    tables_of = capsys.readouterr().out.split("\n**")
+    assert len(tables_of) == 3
+    for table in tables_of:
+        own = next(line for line in table.splitlines() if line.startswith("| kind=my_own |"))
+        assert re.search(r"\d\.\d \[", own), own
+    assert "| kind=my_own | 3 | " in tables_of[0] and "| release rule | 2 | " in tables_of[0]
+    report.main([f"--workdir={tmp_path}"])
+    assert (tmp_path / "report.html").read_text().count("<td>kind=my_own</td>") >= 3
+
+
+def test_a_run_that_is_not_finished_is_left_out_by_name(runs):
+    found = collect.find_runs([runs])
+    found[0].rows.pop()
+    results = tables.results(found, study.arm_of)
+    assert len(results["runs"]) == len(found) - 1
+    text = tables.markdown(tables.Study(results, study.ARMS))
+    assert f"Left out, because not finished: {found[0].name}." in text
+
+
+def test_without_a_finished_run_there_are_no_tables(tmp_path):
     overrides = {**study.ARMS[study.RULE], "seed": 0, "num_steps": 11}
     config = config_flags.apply_overrides(study.get_config(), overrides).to_dict()
     synthetic_runs.make_run(tmp_path / "run", config=config, steps=10)
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match="launch.sweep --config=configs/study.py"):
         study_command.read_runs(str(tmp_path))
+
+
+def test_two_configs_of_one_name_are_told_apart_by_their_keys(tmp_path):
+    for steps in (10, 20):
+        overrides = {**study.ARMS[study.RULE], "num_steps": steps}
+        config = config_flags.apply_overrides(study.get_config(), overrides).to_dict()
+        synthetic_runs.make_run(tmp_path / str(steps), config=config, steps=steps)
+    names = [arm.label for arm in collect.arms(collect.find_runs([tmp_path]), study.arm_of)]
+    assert names == ["num_steps=10", "num_steps=20"]
 
 
 def test_the_report_of_a_study_holds_its_tables_and_names_its_arms(runs):
@@ -188,8 +228,10 @@ def test_tables_go_between_the_marks():
         study_command.into_readme("nothing", "new")
 
 
-def test_a_folder_of_other_runs_says_how_to_get_a_study(tmp_path, capsys):
-    synthetic_runs.make_run(tmp_path / "run", config={"selector": {"kind": "tip"}}, steps=5)
-    with pytest.raises(SystemExit):
-        study_command.main([f"--workdir={tmp_path}"])
-    assert "launch.sweep --config=configs/study.py" in capsys.readouterr().err
+def test_a_folder_of_other_runs_has_tables_without_a_baseline(tmp_path, capsys):
+    for kind in ("tip", "entropy"):
+        synthetic_runs.make_run(tmp_path / kind, config={"selector": {"kind": kind}}, steps=5)
+    study_command.main([f"--workdir={tmp_path}"])
+    text = capsys.readouterr().out
+    assert "| kind=entropy | 1 | " in text and "| kind=tip | 1 | " in text
+    assert "equal updates" not in text

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep runs each element once, goes on where it stopped, and refuses what cannot be one."""
 
+import contextlib
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import pytest
 
 from launch import config_flags, sweep
+from tests import advice
 
 CONFIG = """
 import ml_collections as mlc
@@ -118,9 +120,23 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_starts(
     (tmp_path / "seed=1").mkdir()
     (tmp_path / "seed=1" / "config.json").write_text(json.dumps(other))
     (tmp_path / "seed=1" / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         found = sweep.elements(texts, zipped) if texts else []
         sweep.plan(config, found, str(tmp_path))
+    advice.check(error.value, str(tmp_path / "config.py"))
+
+
+@pytest.mark.parametrize(("trim", "goes_on"), [(0.1, True), (0.2, False)])
+def test_a_run_that_is_older_than_a_key_of_base_is_one_of_the_sweep(trim, goes_on, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.replace('"bic"', f'"bic", trim={trim}'))
+    newer = config_flags.load(str(tmp_path / "config.py"))
+    stored = json.loads(json.dumps(newer.to_dict())) | {"seed": 1, "selector": {"kind": "bic"}}
+    (tmp_path / "seed=1").mkdir()
+    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "seed=1" / "metrics.jsonl").write_text("")
+    refused = pytest.raises(ValueError, match=r"selector.trim: 0\.1 there, 0\.2 now")
+    with contextlib.nullcontext() if goes_on else refused:
+        sweep.plan(newer, [{"seed": 1}], str(tmp_path))
 
 
 def test_a_workdir_that_is_a_run_is_no_sweep(config, tmp_path):
@@ -158,6 +174,8 @@ def test_a_sweep_runs_all_then_skips_what_is_finished(jobs, tmp_path, capsys):
     assert sweep.run_all(jobs(), 2, str(tmp_path / "sweep")) == 0
     output = capsys.readouterr().out
     assert "3 runs, 0 finished before" in output
+    kinds = [line.split()[0] for line in output.splitlines() if line.startswith(("start", "end"))]
+    assert sorted(kinds[:2]) == ["start", "start"] and kinds[2] == "end"  # two at once
     assert output.splitlines()[-5:-2] == [
         "eval/accuracy after the last update",
         "arm  finished    mean  spread    best",
@@ -172,6 +190,13 @@ def test_a_sweep_runs_all_then_skips_what_is_finished(jobs, tmp_path, capsys):
     assert (
         rows[1]["status"] == "finished" and float(rows[1]["eval/accuracy last"]) == 0.1 * 2 + 0.01
     )
+
+
+def test_the_end_of_a_run_is_printed_before_the_start_of_the_next(jobs, tmp_path, capsys):
+    sweep.run_all(jobs(), 1, str(tmp_path / "sweep"))
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "seed=" in line]
+    order = [[word, f"seed={seed}"] for seed in (1, 2, 3) for word in ("start", "end")]
+    assert lines == order
 
 
 def test_a_failed_run_is_shown_and_the_others_go_on(jobs, tmp_path, capsys):

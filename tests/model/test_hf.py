@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-from opd_jax.model import hf, hf_layout, qwen3
+from opd_jax.model import hf, hf_files, hf_layout, qwen3
 from opd_jax.model.qwen3 import Qwen3Config
 
 MOE = tiny_models.CONFIGS["moe_mlp_only"]
@@ -234,6 +234,14 @@ REFUSED = {
     "broken config": (lambda d: (d / "config.json").write_text('{"a":'), "is not JSON"),
     "other architecture": (change_config(model_type="llama"), r"\"llama\"; we compute \['qwen3', "),
     "sliding window": (change_config(use_sliding_window=True), "use_sliding_window is on"),
+    "layer types": (
+        change_config(layer_types=["full_attention", "sliding_attention"]),
+        "layer_types holds sliding_attention; we compute 'full_attention'",
+    ),
+    "other layer types": (
+        change_config(layer_types=["linear_attention", "chunked_attention"]),
+        "layer_types holds chunked_attention, linear_attention; we",
+    ),
     "bias": (change_config(attention_bias=True), "attention_bias is true"),
     "activation": (change_config(hidden_act="gelu"), "hidden_act is .gelu.; we compute 'silu'"),
     "quantised": (change_config(quantization_config={"a": 1}), "name the unquantised model"),
@@ -255,7 +263,7 @@ REFUSED = {
     ),
     "NaN": (
         change_weights(not_a_number),
-        r"NaN or infinity in \['model.layers.1.mlp.up_proj.weight'",
+        r"NaN or infinity in 1 tensors: model.layers.1.mlp.up_proj.weight\. Weights must",
     ),
     "untied in truth": (
         change_weights(other_head),
@@ -284,8 +292,76 @@ def test_bad_directories_are_refused_with_the_reason(case, tmp_path):
 
 def test_unused_is_named_beside_the_rest(tmp_path):
     change_weights(several)(tiny_models.write(tmp_path, TIED))
-    with pytest.raises(ValueError, match=r"unused: extra.bias \[3\] in model.safetensors"):
+    with pytest.raises(ValueError, match=r"unused: extra.bias \[3\]"):
         hf.load(tmp_path)
+
+
+def renamed(change):
+    """Every tensor under another name: a checkpoint of another layout."""
+
+    def apply(weights):
+        for key in list(weights):
+            weights[change(key)] = weights.pop(key)
+
+    return apply
+
+
+LAYOUTS = {
+    "prefixed": lambda key: f"language_model.{key}",
+    "without model.": lambda key: key.removeprefix("model."),
+    "other layer names": lambda key: key.replace("self_attn.", "attn.").replace("mlp.", "ff."),
+    "hidden in a module": lambda key: key.replace("layers.", "layers.module."),
+    "every tensor its own name": lambda key: key.replace("layers.", "block_"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", ["dense", "moe"])
+def test_a_checkpoint_of_another_layout_is_refused_in_one_screen(layout, size, tmp_path):
+    raw = {
+        "dense": tiny_models.BASE | dict(num_hidden_layers=28),
+        "moe": MOE | dict(num_hidden_layers=12, num_experts=32, mlp_only_layers=[]),
+    }[size]
+    tiny_models.write(tmp_path, raw)
+    change_weights(renamed(LAYOUTS[layout]))(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        hf.load(tmp_path)
+    first, *lines = str(caught.value).splitlines()
+    names = tiny_models.tensors(raw)
+    wrong = sum(LAYOUTS[layout](key) != key for key in names)
+    assert f"({2 * wrong} problems)" in first
+    assert len(lines) <= 19
+    layers = raw["num_hidden_layers"]
+    missing = [line.strip() for line in lines if line.startswith("  missing: ")]
+    if layout != "other layer names":
+        assert f"missing: model.layers.N.input_layernorm.weight [32], {layers} tensors" in missing
+    assert f"missing: model.layers.N.self_attn.q_norm.weight [16], {layers} tensors" in missing
+    assert any(line.startswith("  unused: ") for line in lines)
+
+
+def test_tensors_share_a_line_only_if_numbers_alone_tell_them_apart():
+    pairs = [
+        ("a.0.w", " [2]"),
+        ("a.1.w", " [2]"),
+        ("a.2.w", " [3]"),
+        ("a.10.b", " [2]"),
+        ("a2.0.w", " [2]"),
+        ("a.0.e.3.w", ""),
+        ("a.1.e.7.w", ""),
+        ("v2", ""),
+        ("v3", ""),
+        ("head", ""),
+    ]
+    assert hf_files.by_pattern(pairs) == [
+        "a.N.w [2], 2 tensors",
+        "a.2.w [3]",
+        "a.10.b [2]",
+        "a2.0.w [2]",
+        "a.N.e.N.w, 2 tensors",
+        "v2",
+        "v3",
+        "head",
+    ]
 
 
 def test_a_tied_head_stored_twice_is_accepted(tmp_path):

@@ -12,7 +12,7 @@ from opd_jax.model import hf
 from opd_jax.problems import datasets, task
 from opd_jax.problems.datasets import SPLITS, build_dataset, embedded_examples
 from opd_jax.problems.tokenizer import load_tokenizer
-from opd_jax.stages.prompts import PromptStream
+from opd_jax.stages.prompts import PromptStream, Settings
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def source():
 
 def stream(source, tokenizer, **knobs):
     knobs = {"batch_size": 4, "prompt_len": 80, "seed": 7} | knobs
-    return PromptStream(source, tokenizer, **knobs)
+    hosts = {k: knobs.pop(k) for k in ("seed", "host_index", "host_count") if k in knobs}
+    return PromptStream(source, tokenizer, Settings(**knobs), **hosts)
 
 
 def draw(prompts, num):
@@ -118,8 +119,11 @@ def test_dropping_every_prompt_is_refused(source, tokenizer):
     "knobs, message",
     [
         (dict(batch_size=5, host_count=2), "does not split over 2 hosts.*batch_size=4"),
-        (dict(batch_size=0), "--config.data.batch_size=1"),
-        (dict(too_long="cut"), "too_long='cut' is unknown; set --config.data.too_long=raise"),
+        (dict(batch_size=0), "--config.data.batch_size=32"),
+        (
+            dict(too_long="cut"),
+            "too_long=.cut. must be one of raise, drop. Set --config.data.too_long=raise",
+        ),
     ],
 )
 def test_wrong_knobs_are_refused(source, tokenizer, knobs, message):

@@ -2,13 +2,17 @@
 """The head's product, and what only the fully optimised program shows; the rest of `decode` is
 tested through `rollout`."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from opd_jax import parallel
 from opd_jax.model import qwen3
 from opd_jax.stages import decode, rollout
+from opd_jax.structs import Vocabulary
 
 
 @pytest.mark.parametrize("unroll", [0, 8])
@@ -25,9 +29,8 @@ def test_the_cache_is_updated_in_place(one_device_mesh, unroll):
     params = qwen3.init_params(config, jax.random.key(0))
     sampler = rollout.build(
         config,
-        eos_ids=(1,),
-        pad_id=0,
-        response_len=8,
+        rollout.Settings(response_len=8),
+        Vocabulary(150, eos_ids=(1,), pad_id=0),
         mesh=one_device_mesh,
         backend=qwen3.Backend(unroll=unroll),
     )
@@ -40,12 +43,22 @@ def test_the_cache_is_updated_in_place(one_device_mesh, unroll):
     assert memory.temp_size_in_bytes < cache_bytes  # one layer's columns, but no second cache
 
 
-@pytest.mark.parametrize("V", [1, 7, 96, 1002, 4148])
-@pytest.mark.parametrize("block_bytes", [1, 2**12, 2**30])
-def test_the_head_in_blocks_is_the_whole_product(V, block_bytes):
-    # Integers: exact in any order. 4 * 1,037 rows in blocks of 4 * 32: the last one overlaps.
-    random = np.random.default_rng(V)
-    hidden_sd = random.integers(-9, 9, (3, 8)).astype(np.float32)
-    head_vd = random.integers(-9, 9, (V, 8)).astype(np.float32)
-    logits_sv = decode.product_in_blocks(jnp.array(hidden_sd), jnp.array(head_vd), block_bytes)
-    np.testing.assert_array_equal(logits_sv, hidden_sd @ head_vd.T)
+@pytest.mark.usefixtures("quick_compile")
+def test_no_token_waits_for_the_whole_head():
+    """With tensor=4 each device multiplies by its rows of the head; then logits are gathered."""
+    mesh = parallel.build_mesh((("fsdp", 2), ("tensor", 4)))
+    V, D = 1024, 32
+    config = qwen3.Qwen3Config(V, D, 48, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8)
+    shardings = parallel.shardings(qwen3.param_axes(config), mesh)
+    params = jax.device_put(qwen3.init_params(config, jax.random.key(0)), shardings)
+    backend = qwen3.Backend(shard=parallel.shard_activations(mesh))
+    settings, vocabulary = rollout.Settings(response_len=8), Vocabulary(V, (1,), pad_id=0)
+    spec = rollout.build(config, settings, vocabulary, mesh=mesh, backend=backend).spec
+    weights = decode.prepare(spec, params)
+    slots = decode.init(spec, 8, 16)
+    text = decode.decode.lower(spec, weights, slots, jnp.int32(9)).compile().as_text()
+    gathered = [
+        math.prod(int(n) for n in shape.split(","))
+        for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    ]
+    assert max(gathered) == 8 // 2 * V  # logits of a device's slots

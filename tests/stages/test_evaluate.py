@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: hand-computed figures, the same sampler and template as training, stable samples."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from opd_jax.problems import task, verify
 from opd_jax.problems.tokenizer import load_tokenizer
 from opd_jax.stages import evaluate, rollout
 from opd_jax.stages.prompts import PromptStream
+from opd_jax.stages.prompts import Settings as Data
 
 T = 10
 EXAMPLES = task.make_many(task.IN_DOMAIN, "heldout", 0, 6)
@@ -39,11 +42,9 @@ def model(tokenizer):
 def evaluator(tokenizer, model, one_device_mesh):
     sampler = rollout.build(
         model[0],
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        response_len=T,
+        rollout.Settings(response_len=T, decode_chunk=4),
+        tokenizer.vocabulary._replace(size=model[0].vocab_size),
         mesh=one_device_mesh,
-        decode_chunk=4,
     )
     with verify.Verifier() as verifier:
         yield evaluate.build(sampler, tokenizer, verifier, prompt_len=160, batch_size=4)
@@ -94,6 +95,17 @@ def test_an_evaluation_can_be_given_up_between_two_chunks(evaluator, model, monk
     assert chunks == [0, 1]
 
 
+def test_what_has_no_answer_is_not_verified_and_what_shares_an_id_is_refused(evaluator, model):
+    """Both were reported: the first as wrong, the second as one problem."""
+    unanswered = dataclasses.replace(EXAMPLES[0], answer="")
+    metrics, samples = evaluator(model[1], [unanswered, EXAMPLES[1]], 1, jax.random.key(1))
+    assert samples[0]["correct"] is None and samples[1]["correct"] is not None
+    assert metrics["eval/num_problems"] == 1 and "eval/accuracy" in metrics
+    assert "eval/accuracy" not in evaluate.summary(samples[:1])
+    with pytest.raises(ValueError, match="1 ids belong to several problems"):
+        evaluator(model[1], [unanswered, EXAMPLES[0]], 1, jax.random.key(1))
+
+
 def test_the_model_sees_the_rendered_chat_template(evaluator, evaluated, tokenizer):
     sample = evaluated[1][0]
     example = EXAMPLES[0]
@@ -108,8 +120,8 @@ def test_the_model_sees_the_rendered_chat_template(evaluator, evaluated, tokeniz
 
 def test_evaluation_and_training_write_a_prompt_the_same_way(evaluator, tokenizer):
     for example in EXAMPLES[:3]:
-        knobs = dict(batch_size=1, prompt_len=evaluator.prompt_len, seed=0)
-        trained = next(PromptStream([example], tokenizer, **knobs))
+        data = Data(batch_size=1, prompt_len=evaluator.prompt_len)
+        trained = next(PromptStream([example], tokenizer, data, seed=0))
         evaluated = evaluator._prompts([tokenizer.encode_prompt(example.prompt)], [(0, 0)])
         np.testing.assert_array_equal(trained.tokens_bp, evaluated.tokens_bp)
         np.testing.assert_array_equal(trained.valid_bp, evaluated.valid_bp)

@@ -9,7 +9,7 @@ import pytest
 from opd_jax import parallel
 from opd_jax.model import qwen3
 from opd_jax.stages import decode, rollout
-from opd_jax.structs import Prompts
+from opd_jax.structs import Prompts, Vocabulary
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -24,6 +24,7 @@ CONFIG = qwen3.Qwen3Config(
     head_dim=8,
 )
 EOS = tuple(range(20))  # about one token in ten
+VOCABULARY = Vocabulary(150, EOS, pad_id=0)
 BACKEND = qwen3.Backend()  # one object: samplers of the same numbers share their compilations
 
 
@@ -42,8 +43,14 @@ def prompts():
 
 
 def build(mesh, **changes):
-    settings = dict(eos_ids=EOS, pad_id=0, response_len=T, mesh=mesh, num_slots=3, decode_chunk=5)
-    return rollout.build(CONFIG, **settings | {"backend": BACKEND} | changes)
+    backend, head_dtype = changes.pop("backend", BACKEND), changes.pop("head_dtype", "")
+    vocabulary = VOCABULARY._replace(
+        size=changes.pop("vocab_size", VOCABULARY.size), eos_ids=changes.pop("eos_ids", EOS)
+    )
+    settings = dict(response_len=T, num_slots=3, decode_chunk=5, head_dtype=head_dtype) | changes
+    return rollout.build(
+        CONFIG, rollout.Settings(**settings), vocabulary, mesh=mesh, backend=backend
+    )
 
 
 @pytest.fixture(scope="module")
@@ -211,33 +218,11 @@ def test_a_cache_that_grows_gives_the_same_rollout(
 
 def test_a_bf16_head_is_close(one_device_mesh, params, prompts):
     """On CPU it is also stored transposed."""
-    sampler = build(one_device_mesh, head_dtype=jnp.bfloat16, response_len=1, num_slots=8)
+    sampler = build(one_device_mesh, head_dtype="bfloat16", response_len=1, num_slots=8)
     out = sampler(params, prompts, jax.random.key(1))
     logp = np.take_along_axis(full_pass_logp(params, out)[:, :1], out.tokens_bt[..., None], axis=2)
     gap = np.abs(out.sampler_logp_bt - logp[..., 0])
     assert 1e-6 < gap.max() < 0.05
-
-
-def test_a_head_applied_in_blocks_gives_the_same_rollout(
-    one_device_mesh, params, prompts, sampled, monkeypatch
-):
-    """4,148 rows are above `decode.BLOCK_BYTES`; those that are padding are never drawn."""
-    monkeypatch.setattr(decode, "_one_core", lambda: True)
-    wide = {
-        name: jnp.pad(params[name], ((0, 3998), (0, 0)), constant_values=9)
-        for name in ("embed", "head")
-    }
-    config = dataclasses.replace(CONFIG, vocab_size=4148)
-    sampler = rollout.build(
-        config, eos_ids=EOS, pad_id=0, response_len=T, mesh=one_device_mesh, vocab_size=150
-    )
-    assert sampler.spec.head_in_blocks
-    many = parallel.build_mesh([("fsdp", 8)])
-    assert not dataclasses.replace(sampler.spec, head_dtype=jnp.bfloat16).head_in_blocks
-    assert not dataclasses.replace(sampler.spec, config=CONFIG).head_in_blocks
-    assert not dataclasses.replace(sampler.spec, mesh=many).head_in_blocks
-    out = sampler(params | wide, prompts, jax.random.key(1))
-    assert_same_rollout(out, sampled[0])
 
 
 def test_nothing_recompiles_and_no_transfer_is_hidden(one_device_mesh, params, prompts, sampled):

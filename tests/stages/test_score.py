@@ -14,7 +14,7 @@ from rollouts import (
 
 from opd_jax import parallel
 from opd_jax.model import qwen3
-from opd_jax.stages import score
+from opd_jax.stages import packing, score
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -34,14 +34,12 @@ EVERYTHING = {
 def build(needs, mesh=None, rows=2, tokens=20, unroll=0, **knobs):
     mesh = mesh or mesh_of()
     return score.build(
-        model_config=TEACHER,
-        reference_config=REFERENCE,
+        TEACHER,
+        needs,
+        packing.MicroBatch(rows, tokens, chunk=6),
+        reference=REFERENCE,
         backend=qwen3.Backend(shard=parallel.shard_activations(mesh), unroll=unroll),
         mesh=mesh,
-        needs=needs,
-        micro_batch_rows=rows,
-        micro_batch_tokens=tokens,
-        chunk=6,
         num_top=4,
         **knobs,
     )

@@ -8,6 +8,10 @@ import rollouts
 
 from opd_jax import structs
 from opd_jax.algorithm import margin, segments, selectors
+from opd_jax.algorithm.objective import Objective
+from opd_jax.algorithm.selector import Selector, Signals
+from opd_jax.algorithm.selector import selection as selection_of
+from opd_jax.algorithm.weights import loss_weights
 from opd_jax.stages import selection
 
 TOKEN_BYTES = [b". " if i % 7 == 0 else bytes([65 + i % 26]) for i in range(rollouts.V - 2)] + [
@@ -26,8 +30,17 @@ def scores_of(rollout, seed=0):
     )
 
 
-def choose(rollout, scores, kind="bic", step=0, **knobs):
-    with selection.build(selectors.build(kind), TOKEN_BYTES, **knobs) as stage:
+IN_LINE = segments.Settings(num_workers=0)
+WITH_SAMPLED = margin.Settings(include_sampled=True)
+ON_CANDIDATES = Objective("reverse_kl", support="student_k")
+
+
+def build(kind="bic", segment=IN_LINE, **given):
+    return selection.build(selectors.build(kind), TOKEN_BYTES, segment=segment, **given)
+
+
+def choose(rollout, scores, kind="bic", step=0, **given):
+    with build(kind, **given) as stage:
         stage.start(rollout)
         return stage.finish(rollout, scores, step)
 
@@ -45,19 +58,19 @@ def test_finish_is_the_algorithms_functions_in_a_row():
         tokens = rollout.tokens_bt[b][rollout.valid_bt[b]]
         assert spans == segments.segment([TOKEN_BYTES[i] for i in tokens])
     wanted = selectors.build("bic")(
-        selectors.Signals(
-            valid_bt=rollout.valid_bt, margin_bt=chosen.margin_bt, spans_b=chosen.spans_b
-        )
+        Signals(valid_bt=rollout.valid_bt, margin_bt=chosen.margin_bt, spans_b=chosen.spans_b)
     )
     np.testing.assert_array_equal(chosen.supervised_bt, wanted.supervised_bt)
     np.testing.assert_array_equal(chosen.gain_b, wanted.gain_b)
-    weight, denominator = selectors.loss_weights(
+    weight, denominator, factor = loss_weights(
         wanted.supervised_bt, wanted.weight_bt, rollout.valid_bt
     )
     np.testing.assert_array_equal(chosen.weight_bt, weight)
     assert chosen.denominator == denominator == len(rollout.tokens_bt)
     supervised_b, length_b = chosen.supervised_bt.sum(1), rollout.valid_bt.sum(1)
-    np.testing.assert_allclose(chosen.rescale_b, length_b / supervised_b, rtol=1e-6)
+    np.testing.assert_allclose(chosen.rescale_b, length_b / supervised_b)
+    np.testing.assert_array_equal(chosen.rescale_b, factor)
+    np.testing.assert_array_equal(chosen.num_segments_b, [len(s) for s in chosen.spans_b])
     assert chosen.stats["selection/nonfinite_tokens"] == (0, rollout.valid_bt.sum())
 
 
@@ -68,7 +81,7 @@ def test_values_that_are_not_finite_are_masked_and_counted():
     bad.teacher_logp_bt[0, 3] = np.nan
     bad.teacher_logp_btk[0, 5, 1] = -np.inf
     bad.teacher_logp_btk[:, :][~rollout.valid_bt] = np.nan  # what is not valid does not count
-    chosen = choose(rollout, bad, "full", want_spans=True)
+    chosen = choose(rollout, bad, "full", objective=ON_CANDIDATES, margin=WITH_SAMPLED)
     usable = rollout.valid_bt.copy()
     usable[0, [3, 5]] = False
     np.testing.assert_array_equal(chosen.supervised_bt, usable)
@@ -80,6 +93,48 @@ def test_values_that_are_not_finite_are_masked_and_counted():
     np.testing.assert_array_equal(chosen.weight_bt[1:], other.weight_bt[1:])  # never spread
     for kind in selectors.SELECTORS:
         assert np.all(np.isfinite(choose(rollout, bad, kind).weight_bt))
+
+
+@pytest.mark.parametrize("kind", selectors.SELECTORS)
+@pytest.mark.parametrize("objective", [Objective(), ON_CANDIDATES], ids=lambda o: o.kind)
+def test_what_a_log_asks_for_changes_nothing_that_is_trained(kind, objective):
+    """Edits it catches: a signal handed out, or a token masked, for what only a log reads."""
+    rollout = rollouts.make_rollout(T=40)
+    scores = scores_of(rollout)
+    with build(kind, objective=objective) as stage:
+        read = stage.needs | objective.needs
+    names = {"teacher_logp_bt", "teacher_logp_btk"}
+    quiet = scores.replace(**dict.fromkeys(names - read))
+    logged = scores.replace(teacher_entropy_bt=np.full(rollout.valid_bt.shape, np.nan))
+    for name in names - read:
+        getattr(logged, name)[1, 2] = np.nan
+    with np.errstate(invalid="raise"):
+        one = choose(rollout, quiet, kind, objective=objective)
+        other = choose(rollout, logged, kind, objective=objective, want_spans=True)
+    for name in ("supervised_bt", "weight_bt", "release_b", "gain_b", "rescale_b", "usable_bt"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+@pytest.mark.parametrize("want_spans", [False, True])
+def test_a_selector_that_did_not_name_what_it_reads_is_refused_whatever_is_logged(want_spans):
+    class HighMargins(Selector):
+        def __call__(self, signals):
+            return selection_of(signals, signals.margin_bt > 1.0)
+
+    rollout = rollouts.make_rollout()
+    scores = scores_of(rollout) if want_spans else structs.Scores()
+    stage = selection.build(HighMargins(), TOKEN_BYTES, segment=IN_LINE, want_spans=want_spans)
+    stage.start(rollout)
+    with pytest.raises(AttributeError, match="add 'teacher_logp_btk' to its `needs`"):
+        stage.finish(rollout, scores, 0)
+
+
+def test_a_need_that_nobody_delivers_is_refused_at_the_start():
+    class Typo(Selector):
+        needs = frozenset({"spans", "teacher_logp"})
+
+    with pytest.raises(ValueError, match="Typo.needs names teacher_logp; .* teacher_logp_btk"):
+        selection.build(Typo(), TOKEN_BYTES)
 
 
 def test_a_row_without_a_single_usable_token_leaves_the_denominator():
@@ -95,7 +150,7 @@ def test_worker_processes_find_what_this_process_finds():
     rollout = rollouts.make_rollout(B=9, T=40)
     scores = scores_of(rollout)
     here = choose(rollout, scores)
-    with selection.build(selectors.build("bic"), TOKEN_BYTES, num_workers=2) as stage:
+    with build(segment=segments.Settings(num_workers=2)) as stage:
         for _ in range(2):
             stage.start(rollout)
             there = stage.finish(rollout, scores, 0)
@@ -110,7 +165,7 @@ def test_worker_processes_find_what_this_process_finds():
 
 def test_a_lost_chunk_is_segmented_in_line_and_counted(monkeypatch):
     rollout = rollouts.make_rollout(T=40)
-    with selection.build(selectors.build("bic"), TOKEN_BYTES, num_workers=1) as stage:
+    with build(segment=segments.Settings(num_workers=1)) as stage:
         monkeypatch.setattr(stage.pool, "_call", lambda rows: (_ for _ in ()).throw(EOFError))
         stage.start(rollout)
         chosen = stage.finish(rollout, scores_of(rollout), 0)
@@ -120,11 +175,11 @@ def test_a_lost_chunk_is_segmented_in_line_and_counted(monkeypatch):
 
 def test_nobody_segments_what_nobody_reads():
     rollout = rollouts.make_rollout()
-    with selection.build(selectors.build("full"), TOKEN_BYTES, num_workers=3) as stage:
+    with build("full", segments.Settings(num_workers=3)) as stage:
         assert stage.pool is None
         stage.start(rollout)
         assert stage.finish(rollout, structs.Scores(), 0).spans_b is None
-    with selection.build(selectors.build("full"), TOKEN_BYTES, want_spans=True) as stage:
+    with build("full", want_spans=True) as stage:
         stage.start(rollout)
         assert len(stage.finish(rollout, structs.Scores(), 0).spans_b) == len(rollout.tokens_bt)
 
@@ -136,18 +191,18 @@ def test_include_sampled_adds_the_sampled_token_to_the_margin():
     )
     scores = scores_of(rollout)
     scores.teacher_logp_bt[0, 0] = scores.teacher_logp_btk[0, 0].max() + 5.0
-    plain, wide = (choose(rollout, scores, include_sampled=flag) for flag in (False, True))
+    plain, wide = choose(rollout, scores), choose(rollout, scores, margin=WITH_SAMPLED)
     assert wide.margin_bt[0, 0] == pytest.approx(5.0, rel=1e-5) and plain.margin_bt[0, 0] != 5.0
-    stage = selection.build(selectors.build("bic"), TOKEN_BYTES, include_sampled=True)
-    assert stage.needs == {"teacher_logp_bt", "teacher_logp_btk"}
+    assert build(margin=WITH_SAMPLED).needs == {"teacher_logp_bt", "teacher_logp_btk"}
 
 
 def test_random_draws_follow_from_seed_and_step_alone():
     rollout = rollouts.make_rollout(B=16, T=40)
     scores = scores_of(rollout)
 
-    def release(**knobs):
-        return list(choose(rollout, scores, "shuffled_bic", **knobs).release_b)
+    def release(seed, step):
+        run = selection.Run(seed=seed)
+        return list(choose(rollout, scores, "shuffled_bic", step, run=run).release_b)
 
     assert release(seed=1, step=3) == release(seed=1, step=3)
     assert release(seed=1, step=3) != release(seed=1, step=4)
@@ -159,15 +214,15 @@ def test_hosts_take_their_own_rows_of_a_batch_wide_choice():
     scores = scores_of(rollout)
     whole = choose(rollout, scores, "shuffled_bic")
     asked = []
-    choose(rollout, scores, "shuffled_bic", gather=lambda x: asked.append(x) or x)
+    asking = selection.Run(gather=lambda x: asked.append(x) or x)
+    choose(rollout, scores, "shuffled_bic", run=asking)
 
     def cut(tree):  # rows 4 to 7
         return type(tree)(**{k: None if v is None else v[4:] for k, v in vars(tree).items()})
 
     replies = iter(asked)
-    half = choose(
-        cut(rollout), cut(scores), "shuffled_bic", gather=lambda x: next(replies), feed_index=1
-    )
+    second = selection.Run(gather=lambda x: next(replies), host_group=1)
+    half = choose(cut(rollout), cut(scores), "shuffled_bic", run=second)
     np.testing.assert_array_equal(half.release_b, whole.release_b[4:])
 
 
@@ -181,6 +236,6 @@ def test_the_worker_imports_no_jax():
 
 def test_finish_without_start_is_a_programmers_error():
     rollout = rollouts.make_rollout()
-    stage = selection.build(selectors.build("bic"), TOKEN_BYTES)
+    stage = build()
     with pytest.raises(RuntimeError, match="before selection.start"):
         stage.finish(rollout, scores_of(rollout), 0)

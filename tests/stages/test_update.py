@@ -20,7 +20,7 @@ from rollouts import (
 from opd_jax import parallel, structs
 from opd_jax.algorithm.objective import Objective, Targets, token_loss
 from opd_jax.model import qwen3
-from opd_jax.stages import update
+from opd_jax.stages import packing, update
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,14 +35,12 @@ SPARSE = dict(num_experts=4, num_experts_per_token=2, moe_intermediate_size=32)
 def built(objective=SAMPLED, rows=2, tokens=20, mesh=None, optimizer=None, config=None, chunk=8):
     mesh = mesh or mesh_of()
     return update.build(
-        model_config=config or tiny_config(),
-        objective=objective,
-        optimizer=optimizer or optax.trace(decay=0.9),  # whose first state is the gradient
+        config or tiny_config(),
+        objective,
+        optimizer or optax.trace(decay=0.9),  # whose first state is the gradient
+        packing.MicroBatch(rows, tokens, chunk),
         backend=qwen3.Backend(shard=parallel.shard_activations(mesh)),
         mesh=mesh,
-        micro_batch_rows=rows,
-        micro_batch_tokens=tokens,
-        chunk=chunk,
     )
 
 
@@ -303,6 +301,19 @@ def test_a_step_does_not_depend_on_the_mesh(mesh, sparse):
 @pytest.mark.parametrize("objective", [FULL, ON_CANDIDATES], ids=lambda o: o.support)
 def test_no_objective_depends_on_the_mesh(mesh, objective):
     assert_close(one_step(mesh_of(**mesh), objective), one_step(mesh_of(), objective))
+
+
+def test_an_update_that_leaves_the_parameters_not_finite_is_skipped():
+    """Loss and gradient are finite. The edit it catches: not looking at the new parameters."""
+    rolled = make_rollout()
+    stage = built(optimizer=optax.scale(-np.inf))
+    params = jax.tree.map(jnp.array, params_of(tiny_config()))
+    weight = np.where(rolled.valid_bt, 1.0, 0.0).astype(np.float32)
+    before = jax.tree.map(np.asarray, params)
+    state, sums = stage(stage.init(params), rolled, make_scores(rolled), weight, 8.0)
+    assert np.isfinite(sums["loss"][0]) and np.isfinite(sums["grad_norm"][0])
+    assert sums["update/skipped"][0] == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
 TWO_PROCESSES = """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact round trip, every damage found, the newest good one used, none deleted."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,10 @@ import optax
 import pytest
 from flax import struct
 
+from configs import base
 from opd_jax.workdir import checkpoint
+
+LAST = checkpoint.Settings(keep_last=1, keep_best=0)
 
 
 @struct.dataclass
@@ -40,7 +44,7 @@ def shapes(state: State):
 @pytest.fixture
 def two_saved(tmp_path) -> pathlib.Path:
     """A directory with good checkpoints of steps 2 and 4, state scaled by the step."""
-    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
     for step in (2, 4):
         cursor, config = {"epoch": step}, {"seed": 0}
         saved.save(step, make_state(step), cursor=cursor, config=config, metric=step / 10)
@@ -132,7 +136,7 @@ from opd_jax.workdir import checkpoint
 from tests.workdir import test_checkpoint
 
 checkpoint.quiet_orbax()
-saved = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
+saved = checkpoint.Checkpoints(sys.argv[1], test_checkpoint.LAST)
 for step in (2, 4):
     state = test_checkpoint.make_state(step)
     try:
@@ -161,7 +165,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_message(tmp_path):
     assert len(message) < 1000
     restored = restore(tmp_path / "checkpoints")
     assert (restored.step, restored.skipped) == (2, ())
-    again = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=1)  # with room on the disk
+    again = checkpoint.Checkpoints(tmp_path / "checkpoints", LAST)  # with room on the disk
     again.save(4, make_state(4.0), cursor={}, config={}, metric=None)
     again.close()
     assert restore(tmp_path / "checkpoints").step == 4
@@ -176,7 +180,8 @@ def test_when_all_are_damaged_it_stops_and_names_each(two_saved):
 
 
 def test_the_policy_keeps_last_periodic_and_best(tmp_path):
-    saved = checkpoint.Checkpoints(tmp_path / "c", keep_last=2, keep_every_steps=4, keep_best=1)
+    settings = checkpoint.Settings(keep_last=2, keep_every_steps=4, keep_best=1)
+    saved = checkpoint.Checkpoints(tmp_path / "c", settings)
     for step, metric in enumerate([0.1, 0.9, 0.2, None, 0.3, 0.4, 0.5], start=1):
         saved.save(step, make_state(step), cursor={}, config={}, metric=metric)
     saved.close()
@@ -186,7 +191,9 @@ def test_the_policy_keeps_last_periodic_and_best(tmp_path):
 def test_the_best_stays_the_best_after_a_restart(tmp_path):
     """Its metric is on disk: a new process knows it too."""
     for steps in ((1, 2), (3, 4)):
-        saved = checkpoint.Checkpoints(tmp_path / "c", keep_last=1, keep_best=1)
+        saved = checkpoint.Checkpoints(
+            tmp_path / "c", checkpoint.Settings(keep_last=1, keep_best=1)
+        )
         for step in steps:
             metric = {1: 0.9}.get(step, 0.1 * step)
             saved.save(step, make_state(step), cursor={}, config={}, metric=metric)
@@ -202,3 +209,34 @@ def test_export_reads_parameters_alone(two_saved):
     assert checkpoint.Checkpoints(two_saved).read_params(2)[0] == 2
     with pytest.raises(ValueError, match="set --step"):
         checkpoint.Checkpoints(two_saved).read_params(3)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({"training problems": "a"}, {"training problems": "b"}, "with other training problems: "),
+        (
+            {"student weights": "a", "student tokenizer": "a", "teacher weights": "a"},
+            {"student weights": "b", "student tokenizer": "b", "teacher weights": "a"},
+            "with other student weights and other student tokenizer: ",
+        ),
+        ({"training problems": "a"}, {"training problems": "a"}, ""),
+        ({}, {"training problems": "a"}, ""),  # saved by a version that kept none
+        ({"training problems": "a"}, {}, ""),  # read by somebody who trains nothing
+    ],
+)
+def test_a_run_whose_files_were_replaced_does_not_go_on(tmp_path, before, now, says):
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", content=before)
+    saved.save(2, make_state(), cursor={}, config={}, metric=None)
+    saved.close()
+    reader = checkpoint.Checkpoints(tmp_path / "checkpoints", content=now)
+    if says:
+        with pytest.raises(ValueError, match=f"{says}.*Put the old files back, or set --workdir"):
+            reader.restore(shapes(make_state()))
+        assert (tmp_path / "checkpoints" / "2").is_dir()
+    else:
+        assert reader.restore(shapes(make_state())).content == before
+
+
+def test_the_page_that_users_read_shows_the_defaults_of_the_settings():
+    assert base.get_config().checkpoint.to_dict() == dataclasses.asdict(checkpoint.Settings())

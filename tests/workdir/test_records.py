@@ -35,7 +35,7 @@ def make_trajectory(token_bytes, **changes):
         release=T,
         gain=float("-inf"),
     )
-    return records.trajectory(**fields | changes)
+    return records.Trajectory(**fields | changes).as_json()
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,29 @@ def test_metrics_after_a_restart_keep_the_last_row_of_a_step_and_skip_a_cut_line
     text = "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 2, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     assert records.read_metrics(tmp_path) == [rows[0], rows[2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("", []),
+        ('{"a": 1}', []),  # all but the newline was written
+        ('{"a": 1}\n', [{"a": 1}]),
+        ('{"a": 1}\n{"a": ', [{"a": 1}]),
+        ('{"a": 1}\n\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ('{"a": "\u2028\u0085"}\n', [{"a": "\u2028\u0085"}]),  # end no line
+        ('{"a": "\u00e9', []),  # and cut inside a character, below
+    ],
+)
+def test_a_line_is_whole_with_its_newline_and_only_the_last_may_be_cut(tmp_path, text, read):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.encode()[: -1 if text.endswith("\u00e9") else None])
+    assert records.read_jsonl(path) == read
+
+
+@pytest.mark.parametrize("line", ["{", "NaN}", '{"a": 1} {"a": 2}', "\x00\x00"])
+def test_a_damaged_line_before_the_last_is_named(tmp_path, line):
+    """Rows after it would be lost in silence, and a resumed run would write the file anew."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON .*Delete the line"):
+        records.read_metrics(tmp_path)

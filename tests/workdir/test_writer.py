@@ -3,7 +3,7 @@
 
 import json
 
-from opd_jax.workdir import writer
+from opd_jax.workdir import records, writer
 
 
 def open_writer(workdir, keep_through, **kwargs):
@@ -21,7 +21,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path):
     second = open_writer(tmp_path, 2)
     second.write({"step": 3, "loss": 1.5})
     second.close()
-    assert writer.read_rows(tmp_path) == [{"step": s, "loss": 0.5 * s} for s in range(4)]
+    assert records.read_metrics(tmp_path) == [{"step": s, "loss": 0.5 * s} for s in range(4)]
 
 
 def test_nan_is_null_so_that_every_reader_takes_the_file(tmp_path):
@@ -46,3 +46,11 @@ def test_tensorboard_events_and_plain_lines(tmp_path, capsys):
     out.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert "loss 0.250  released 0%  at -  accuracy 50.0%" in capsys.readouterr().err
+
+
+def test_without_lines_only_evaluations_are_shown(tmp_path, capsys):
+    out = open_writer(tmp_path, -1, every_steps=0)
+    out.write({"step": 1, "loss": 0.25})
+    out.write({"step": 2, "eval/accuracy": 0.5})
+    out.close()
+    assert [line.split()[:2] for line in capsys.readouterr().err.splitlines()] == [["step", "2/5"]]
