@@ -29,8 +29,10 @@ INSTALL = [
 EXTRAS = {
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6,<4",  # two workers in .ci/run
         "hypothesis>=6",  # properties of the algorithm
         "ruff>=0.12,<0.17",  # lint and format; its formatting changes between minors
+        "pyright[nodejs]>=1.1.400,<1.2",  # types; node comes as a wheel, nothing is fetched later
     ],
     # Live comparison with transformers' own models; pinned to the CPU build known to install.
     "parity": ["torch==2.13.0"],
@@ -46,7 +48,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["opd_jax*", "configs*", "launch*"]),
-    package_data={"opd_jax": ["assets/**/*"], "launch.report": ["*.css", "*.js", "*.html"]},
+    package_data={
+        "opd_jax": ["py.typed", "assets/**/*"],
+        "launch.report": ["*.css", "*.js", "*.html"],
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -67,7 +67,7 @@ def get_config() -> mlc.ConfigDict:
         num_workers=1,  # processes that segment while the teacher scores; 0 = in line
     )
     # What is supervised (opd_jax/algorithm/selectors.py). A key that the kind does not read keeps
-    # its default, or is refused. The README's table says what each kind is.
+    # its default, or is refused. What each kind is: docs/selectors.md.
     c.selector = dict(
         kind="bic",  # bic | full | fixed_prefix | fixed_fraction | suffix_only | shuffled_bic | ...
         # bic and its controls; the defaults are the paper's, or our reading where it is silent

@@ -21,16 +21,25 @@ from hypothesis import settings
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-LEAST_SECONDS = "persistent_cache_min_compile_time_secs"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def pytest_configure(config):
-    """One compilation cache per session, for the runs that tests start too."""
-    cache = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_")
-    config.add_cleanup(cache.cleanup)
-    for name, value in (("compilation_cache_dir", cache.name), (LEAST_SECONDS, 0.2)):
-        jax.config.update(f"jax_{name}", value)
-        os.environ[f"JAX_{name.upper()}"] = str(value)
+    """One compilation cache per session, for xdist's workers and the runs that tests start too.
+
+    It travels in the environment: workers are started by the process that makes the folder and
+    inherit it. Who sets JAX_COMPILATION_CACHE_DIR shares it between sessions too.
+    """
+    if CACHE not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_")
+        config.add_cleanup(cache.cleanup)
+        os.environ[CACHE] = cache.name
+        config.add_cleanup(lambda: os.environ.pop(CACHE))
+    os.environ.setdefault(LEAST_SECONDS, "0.2")
+    # jax has read its environment by now, except in workers.
+    jax.config.update(CACHE.lower(), os.environ[CACHE])
+    jax.config.update(LEAST_SECONDS.lower(), float(os.environ[LEAST_SECONDS]))
 
 
 # Compilation makes the first example slow, and a run is its seed: the same examples every time,
