@@ -194,12 +194,13 @@ def _joined(money: units.Unit, unit: units.Unit) -> units.Unit:
 
 def same(given: Quantity, answer: Quantity) -> bool:
     """Of two plain numbers: equal in value and unit; see the module's text for percent."""
-    if (given.unit == {"%": 1}) != (answer.unit == {"%": 1}) and not (given.unit and answer.unit):
-        hundredth = [q.number._replace(exponent=q.number.exponent - 2) if q.unit else q.number
-                     for q in (given, answer)]  # fmt: skip
-        return same_number(*hundredth) or same_number(given.number, answer.number)
-    if not given.unit and next(iter(answer.unit), "").startswith(
-        "base "
-    ):  # the question named the base
+    numbers = [given.number, answer.number]
+    if not (given.unit and answer.unit) and {"%": 1} in (given.unit, answer.unit):
+        hundredth = [
+            q.number._replace(exponent=q.number.exponent - 2 * len(q.unit)) for q in (given, answer)
+        ]
+        return same_number(*numbers) or same_number(*hundredth)
+    named = next(iter(answer.unit), "")
+    if named.startswith("base ") and not given.unit:  # the question named it
         return given.core == answer.core
-    return units.same(given.unit, answer.unit) and same_number(given.number, answer.number)
+    return units.same(given.unit, answer.unit) and same_number(*numbers)
