@@ -182,13 +182,15 @@ def token_signals(taken: Step) -> dict:
     return profiles.per_token(
         usable_bt=chosen.usable_bt,
         supervised_bt=chosen.supervised_bt,
-        margin_bt=chosen.margin_bt,
+        measured=dict(
+            margin=chosen.margin_bt,
+            student_entropy=rolled.entropy_bt,
+            teacher_entropy=scores.teacher_entropy_bt,
+        ),
         teacher_logp_bt=scores.teacher_logp_bt,
         sampler_logp_bt=rolled.sampler_logp_bt,
         teacher_logp_btk=scores.teacher_logp_btk,
         candidate_logp_btk=rolled.candidate_logp_btk,
-        student_entropy_bt=rolled.entropy_bt,
-        teacher_entropy_bt=scores.teacher_entropy_bt,
     )
 
 
