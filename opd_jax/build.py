@@ -275,7 +275,7 @@ class Source:
         """The same of a model that is only read; None where there is no model."""
         if self.config is None:
             return None
-        return qwen3.with_own_layers(self.config, self.load(mesh), backend)
+        return qwen3.unstack_layers(self.config, self.load(mesh), backend)
 
 
 # --- parts of the config ---

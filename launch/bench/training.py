@@ -97,7 +97,7 @@ def _teacher_params(stages: Stages) -> dict:
     """As a run keeps them."""
     args = stages.args
     params = sizes.random_params(stages.teacher, args.seed + 1, args.dtype)
-    return qwen3.with_own_layers(stages.teacher, params, stages.score.backend)
+    return qwen3.unstack_layers(stages.teacher, params, stages.score.backend)
 
 
 def _beside_the_floor(args, lap: Callable[[], float], flops: float) -> tuple[dict, float]:

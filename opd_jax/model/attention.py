@@ -271,9 +271,9 @@ def write_by_row(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Ar
         at = jnp.clip(start_b[b], 0, C - L)
         corner = (0, b, 0, at, 0)
         shift = start_b[b] - at  # positive where the last columns fall off the end
-        own = jnp.roll(jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1), shift, axis=3)
+        written = jnp.roll(jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1), shift, axis=3)
         old = jax.lax.dynamic_slice(cache, corner, (layers, 1, G, L, H))
         keeps = (jnp.arange(L) >= shift)[None, None, None, :, None]
-        return jax.lax.dynamic_update_slice(cache, jnp.where(keeps, own, old), corner)
+        return jax.lax.dynamic_update_slice(cache, jnp.where(keeps, written, old), corner)
 
     return jax.lax.fori_loop(0, B, row, cache)

@@ -84,9 +84,9 @@ def _blocked_outer(rows_md: jax.Array, grads_mf: jax.Array, sizes_e: jax.Array) 
 
     def body(block, out):
         group, first, end = locate(block)
-        own = (first + jnp.arange(size) < end)[:, None]
-        x = jnp.where(own, jax.lax.dynamic_slice_in_dim(rows, first, size), 0)
-        g = jnp.where(own, jax.lax.dynamic_slice_in_dim(grads, first, size), 0)
+        inside = (first + jnp.arange(size) < end)[:, None]
+        x = jnp.where(inside, jax.lax.dynamic_slice_in_dim(rows, first, size), 0)
+        g = jnp.where(inside, jax.lax.dynamic_slice_in_dim(grads, first, size), 0)
         part = jnp.einsum("md,mf->df", x, g, preferred_element_type=jnp.float32)
         return out.at[group].add(part)
 

@@ -19,7 +19,7 @@ Rope = tuple[jax.Array, jax.Array]  # cos and signed sin of `rope_table`
 REMAT = ("none", "layer", "dots")
 
 
-class Whole:
+class NoSharding:
     """The default `Backend.shard`, and what another one must offer: here one device holds all."""
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
@@ -44,7 +44,7 @@ class Backend:
     remat: str = "none"  # "layer": keep layer inputs only; "dots": also keep matmul outputs
     compute_dtype: Any = jnp.float32
     unroll: int = 0  # models of at most so many layers are not scanned, see `qwen3.choose_unroll`
-    shard: Any = Whole()  # see Whole; `parallel.shard_activations(mesh)` where there is a mesh
+    shard: Any = NoSharding()  # `parallel.shard_activations(mesh)` where there is a mesh
     interpret: bool = False  # True: the attention kernel's semantics without its hardware, slowly
 
     def __post_init__(self):
