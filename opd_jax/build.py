@@ -252,7 +252,7 @@ def _frozen(given: Settings, parts: step.Stages) -> step.Frozen:
 
     def load(model: source.Source) -> qwen3.Params:
         params = model.load(parallel.shardings(qwen3.param_axes(model.config), parts.mesh))
-        return qwen3.with_own_layers(model.config, params, parts.score.backend)
+        return qwen3.unstack_layers(model.config, params, parts.score.backend)
 
     teacher, head_vd = load(given.teacher), None
     if "teacher_hidden_btd" in given.objective.needs:

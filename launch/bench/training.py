@@ -45,7 +45,7 @@ class Case:
     def load_teacher(self) -> None:
         """Random parameters, as a run keeps them."""
         params = sizes.random_params(self.teacher, self.args.seed + 1, self.args.dtype)
-        params = qwen3.with_own_layers(self.teacher, params, self.stages.score.backend)
+        params = qwen3.unstack_layers(self.teacher, params, self.stages.score.backend)
         head_vd = None
         if "teacher_hidden_btd" in self.objective.needs:
             head_vd = qwen3.head_vd(self.teacher, params)

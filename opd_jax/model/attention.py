@@ -2,8 +2,7 @@
 """Who attends to whom, and by which kernel.
 
 Dims as in qwen3.py: B rows, L queries, C columns (keys), N query heads, G key/value heads, H head
-size;
-R = N / G query heads share a key/value head.
+size; R = N / G query heads share a key/value head.
 """
 
 import functools
@@ -260,8 +259,11 @@ def write_by_scatter(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> ja
 
 
 def write_by_row(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Array:
-    """TPU: for a scatter XLA lays the cache out with columns before heads, so that it copies the
-    whole cache around every decode chunk and each layer's part at every step (3 x the traffic)."""
+    """`write_by_scatter`, row by row, for TPUs.
+
+    For a scatter XLA lays the cache out with columns before heads there, so that it copies the
+    whole cache around every decode chunk and each layer's part at every step (3 x the traffic).
+    """
     layers, B, G, C, H = cache.shape
     L = new.shape[3]
 
@@ -269,9 +271,9 @@ def write_by_row(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Ar
         at = jnp.clip(start_b[b], 0, C - L)
         corner = (0, b, 0, at, 0)
         shift = start_b[b] - at  # positive where the last columns fall off the end
-        own = jnp.roll(jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1), shift, axis=3)
+        written = jnp.roll(jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1), shift, axis=3)
         old = jax.lax.dynamic_slice(cache, corner, (layers, 1, G, L, H))
         keeps = (jnp.arange(L) >= shift)[None, None, None, :, None]
-        return jax.lax.dynamic_update_slice(cache, jnp.where(keeps, own, old), corner)
+        return jax.lax.dynamic_update_slice(cache, jnp.where(keeps, written, old), corner)
 
     return jax.lax.fori_loop(0, B, row, cache)

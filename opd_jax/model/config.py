@@ -2,10 +2,8 @@
 """The shape of a Qwen3 model, read from and written to Hugging Face's config.json.
 
 Two dialects of config.json exist. Published files say `rope_theta`, `rope_scaling`, `torch_dtype`,
-`num_experts`;
-transformers 5 writes `rope_parameters`, `dtype`, `num_local_experts`. We read both and refuse what
-we do not compute:
-a key we ignored would be a model that is silently another one.
+`num_experts`; transformers 5 writes `rope_parameters`, `dtype`, `num_local_experts`. We read both
+and refuse what we do not compute: a key we ignored would be a model that is silently another one.
 """
 
 import dataclasses

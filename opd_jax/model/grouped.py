@@ -10,6 +10,8 @@ nothing.
 Dims: M rows, D in, F out, E groups.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
@@ -29,11 +31,11 @@ def grouped_outer(rows_md: jax.Array, grads_mf: jax.Array, sizes_e: jax.Array) -
     return jax.lax.platform_dependent(rows_md, grads_mf, sizes_e, tpu=_tgmm, default=_blocked_outer)
 
 
-def _ragged_dot(rows_md, matrix_edf, sizes_e):
+def _ragged_dot(rows_md: jax.Array, matrix_edf: jax.Array, sizes_e: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(rows_md, matrix_edf, sizes_e).astype(rows_md.dtype)
 
 
-def _tgmm(rows_md, grads_mf, sizes_e):
+def _tgmm(rows_md: jax.Array, grads_mf: jax.Array, sizes_e: jax.Array) -> jax.Array:
     tiles = (TILE, _tile(rows_md.shape[1]), _tile(grads_mf.shape[1]))
     out = tgmm(rows_md.T, grads_mf, sizes_e, jnp.float32, tiles)
     # The kernel leaves the matrices of empty groups unwritten.
@@ -44,7 +46,7 @@ def _tile(size: int) -> int:
     return min(512, -(-size // 128) * 128)
 
 
-def _blocks(num_rows: int, sizes_e: jax.Array):
+def _blocks(num_rows: int, sizes_e: jax.Array) -> tuple[int, jax.Array, Callable]:
     """Block size, number of blocks that hold rows, and block number -> (group, first row, end)."""
     E = sizes_e.shape[0]
     per_group = max(num_rows // E, 1)
@@ -61,7 +63,7 @@ def _blocks(num_rows: int, sizes_e: jax.Array):
     return size, last_e[-1], locate
 
 
-def _blocked_dot(rows_md, matrix_edf, sizes_e):
+def _blocked_dot(rows_md: jax.Array, matrix_edf: jax.Array, sizes_e: jax.Array) -> jax.Array:
     size, num_blocks, locate = _blocks(rows_md.shape[0], sizes_e)
     rows = jnp.pad(rows_md, ((0, size), (0, 0)))  # so that the last block is whole
 
@@ -75,16 +77,16 @@ def _blocked_dot(rows_md, matrix_edf, sizes_e):
     return jax.lax.fori_loop(0, num_blocks, body, out)[: rows_md.shape[0]]
 
 
-def _blocked_outer(rows_md, grads_mf, sizes_e):
+def _blocked_outer(rows_md: jax.Array, grads_mf: jax.Array, sizes_e: jax.Array) -> jax.Array:
     size, num_blocks, locate = _blocks(rows_md.shape[0], sizes_e)
     rows = jnp.pad(rows_md, ((0, size), (0, 0)))
     grads = jnp.pad(grads_mf, ((0, size), (0, 0)))
 
     def body(block, out):
         group, first, end = locate(block)
-        own = (first + jnp.arange(size) < end)[:, None]
-        x = jnp.where(own, jax.lax.dynamic_slice_in_dim(rows, first, size), 0)
-        g = jnp.where(own, jax.lax.dynamic_slice_in_dim(grads, first, size), 0)
+        inside = (first + jnp.arange(size) < end)[:, None]
+        x = jnp.where(inside, jax.lax.dynamic_slice_in_dim(rows, first, size), 0)
+        g = jnp.where(inside, jax.lax.dynamic_slice_in_dim(grads, first, size), 0)
         part = jnp.einsum("md,mf->df", x, g, preferred_element_type=jnp.float32)
         return out.at[group].add(part)
 

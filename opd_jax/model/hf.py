@@ -3,8 +3,7 @@
 
 `load` checks every header first and raises once, naming all that is wrong; then each parameter is
 filled slice by slice, straight into this process's shards. `save` writes beside the target and
-renames,
-so that a failure leaves what was there.
+renames, so that a failure leaves what was there.
 """
 
 import json
@@ -136,8 +135,7 @@ def load(directory, dtype=None, shardings=None) -> tuple[Qwen3Config, dict[str, 
       directory: path that holds config.json and safetensors; see `resolve` for names.
       dtype: of the parameters; None keeps what is stored.
       shardings: tree of jax Sharding like `qwen3.param_axes`; None puts all on one device. Each
-      process
-        reads only the slices its own shards need.
+        process reads only the slices its own shards need.
 
     Raises:
       ValueError: naming every missing, unused, misshapen, mistyped and non-finite tensor at once.

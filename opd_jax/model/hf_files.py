@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safetensors files of a model directory: found, opened and checked before any weight is
-read."""
+"""The safetensors files of a model directory, found and checked before any weight is read."""
 
 import json
 import os
@@ -51,8 +50,7 @@ def by_pattern(tensors: Iterable[tuple[str, str]]) -> list[str]:
 
 
 class WeightFiles:
-    """All tensors of a directory by name. Opens every file's header, reads no weight until
-    asked."""
+    """All tensors of a directory by name; opens each header, reads no weight until asked."""
 
     def __init__(self, directory: Path):
         self.directory = directory

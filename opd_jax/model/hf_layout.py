@@ -2,10 +2,8 @@
 """Which Hugging Face tensors make up each parameter, and how their axes map.
 
 A checkpoint holds one [out, in] matrix per layer (and expert); we hold one stacked array per kind
-of
-matrix, input first, heads as an axis of their own. Reading maps a slice of ours to slices of
-theirs,
-so that a process touches only the bytes its shards need.
+of matrix, input first, heads as an axis of their own. Reading maps a slice of ours to slices of
+theirs, so that a process touches only the bytes its shards need.
 """
 
 import math

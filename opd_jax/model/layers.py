@@ -15,10 +15,11 @@ from opd_jax.model import moe
 from opd_jax.model.config import Qwen3Config
 
 Axes = tuple[str | None, ...]
+Rope = tuple[jax.Array, jax.Array]  # cos and signed sin of `rope_table`
 REMAT = ("none", "layer", "dots")
 
 
-class Whole:
+class NoSharding:
     """The default `Backend.shard`, and what another one must offer: here one device holds all."""
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
@@ -43,7 +44,7 @@ class Backend:
     remat: str = "none"  # "layer": keep layer inputs only; "dots": also keep matmul outputs
     compute_dtype: Any = jnp.float32
     unroll: int = 0  # models of at most so many layers are not scanned, see `qwen3.choose_unroll`
-    shard: Any = Whole()  # see Whole; `parallel.shard_activations(mesh)` where there is a mesh
+    shard: Any = NoSharding()  # `parallel.shard_activations(mesh)` where there is a mesh
     interpret: bool = False  # True: the attention kernel's semantics without its hardware, slowly
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype) * weight
 
 
-def rope_table(config: Qwen3Config, positions_bl: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(config: Qwen3Config, positions_bl: jax.Array) -> Rope:
     """cos and signed sin of every head component, float32[B, L, H]: what `rotate` multiplies with.
 
     Angles are float32: bf16 rounds position 257 to 256, and a wrong position is a wrong model.
@@ -136,9 +137,10 @@ class Attention(nnx.Module):
         self.q_norm = nnx.Param(jnp.ones((H,), dtype), axes=("head_dim",))
         self.k_norm = nnx.Param(jnp.ones((H,), dtype), axes=("head_dim",))
 
-    def __call__(self, x_bld, rope, attend, backend: Backend):
-        """`attend(q_blnh, k_blgh, v_blgh) -> out_blnh` decides who sees whom. -> (out_bld, k_blgh,
-        v_blgh)"""
+    def __call__(
+        self, x_bld: jax.Array, rope: Rope, attend: attn.Attend, backend: Backend
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> (out_bld, k_blgh, v_blgh); `attend` of attention.py decides which token sees which."""
         dtype, shard = backend.compute_dtype, backend.shard
         heads = ("batch", "length", "heads", "head_dim")
         kv_heads = ("batch", "length", "kv_heads", "head_dim")
@@ -167,7 +169,7 @@ class MLP(nnx.Module):
         self.up_proj = weight((D, F), ("embed", "mlp"))
         self.down_proj = weight((F, D), ("mlp", "embed"))
 
-    def __call__(self, x_bld, backend: Backend):
+    def __call__(self, x_bld: jax.Array, backend: Backend) -> jax.Array:
         dtype, shard = backend.compute_dtype, backend.shard
         gate = jnp.einsum("bld,df->blf", x_bld, self.gate_proj[...].astype(dtype))
         up = jnp.einsum("bld,df->blf", x_bld, self.up_proj[...].astype(dtype))
@@ -187,14 +189,13 @@ class MoE(nnx.Module):
         def weight(shape, axes):
             return nnx.Param(normal(rngs.params(), shape, dtype), axes=axes)
 
-        # Every device routes its tokens over all experts: the router's second axis is never
-        # divided.
+        # Every device routes its tokens over all experts: this second axis is never divided.
         self.router = weight((D, E), ("embed", None))
         self.gate_proj = weight((E, D, F), ("experts", "embed", "mlp"))
         self.up_proj = weight((E, D, F), ("experts", "embed", "mlp"))
         self.down_proj = weight((E, F, D), ("experts", "mlp", "embed"))
 
-    def __call__(self, x_bld, backend: Backend):
+    def __call__(self, x_bld: jax.Array, backend: Backend) -> jax.Array:
         weight, chosen = moe.route(x_bld, self.router[...], self.num_chosen, self.normalise)
         matrices = (self.gate_proj, self.up_proj, self.down_proj)
         matrices = (matrix[...].astype(backend.compute_dtype) for matrix in matrices)
@@ -216,7 +217,9 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(config, dtype, rngs=rngs)
 
-    def __call__(self, x_bld, rope, attend, backend: Backend):
+    def __call__(
+        self, x_bld: jax.Array, rope: Rope, attend: attn.Attend, backend: Backend
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> (x_bld, k_blgh, v_blgh): the layer's keys and values, for a cache."""
         out, k, v = self.attention(
             rms_norm(x_bld, self.input_norm[...], self.eps), rope, attend, backend

@@ -12,7 +12,8 @@ Dims: T tokens, K experts per token, E experts, C rows of a piece, D width, F ex
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ from opd_jax.model.grouped import TILE, grouped_dot, grouped_outer
 _SLACK = 1.125
 
 
-def route(x_bld, router_de, num_chosen: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
+def route(
+    x_bld: jax.Array, router_de: jax.Array, num_chosen: int, normalise: bool
+) -> tuple[jax.Array, jax.Array]:
     """Experts' weights float32[B, L, K] and ids int32[B, L, K], best first.
 
     float32 throughout, at full precision: a bf16 logit flips the choice between two close experts,
@@ -42,7 +45,15 @@ def route(x_bld, router_de, num_chosen: int, normalise: bool) -> tuple[jax.Array
     return weight, chosen.astype(jnp.int32)
 
 
-def mixture(x_bld, weight_blk, chosen_blk, gate_edf, up_edf, down_efd, shard) -> jax.Array:
+def mixture(
+    x_bld: jax.Array,
+    weight_blk: jax.Array,
+    chosen_blk: jax.Array,
+    gate_edf: jax.Array,
+    up_edf: jax.Array,
+    down_efd: jax.Array,
+    shard: Any,
+) -> jax.Array:
     """[B, L, D], x's dtype: the weighted sum of the chosen experts' outputs. `shard`: Backend's."""
     expert_axes, width_axes = shard.mesh_axes("experts"), shard.mesh_axes("mlp")
 
@@ -74,7 +85,7 @@ class _Plan(NamedTuple):
     """Assignments sorted by expert; those of other devices' experts come last."""
 
     order_n: jax.Array  # int32[T * K]: sorted position -> assignment (token * K + choice)
-    place_tk: jax.Array  # int32[T, K]: its inverse
+    position_tk: jax.Array  # int32[T, K]: its inverse
     start_e: jax.Array  # int32[E]: first sorted position of each expert
     end_e: jax.Array
 
@@ -83,40 +94,39 @@ def _plan(expert_tk: jax.Array, num_experts: int) -> _Plan:
     flat = expert_tk.reshape(-1)
     key = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
     bounds = jnp.searchsorted(key[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
-    return _Plan(order, place.reshape(expert_tk.shape), bounds[:-1], bounds[1:])
+    return _Plan(order, position.reshape(expert_tk.shape), bounds[:-1], bounds[1:])
 
 
-def _piece(plan: _Plan, i, size: int):
+def _piece(plan: _Plan, i, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Piece i of the sorted assignments: their ids, whether each is real, and rows per expert."""
     position_c = i * size + jnp.arange(size, dtype=jnp.int32)
-    slot_c = plan.order_n[jnp.minimum(position_c, plan.order_n.size - 1)]
+    assignment_c = plan.order_n[jnp.minimum(position_c, plan.order_n.size - 1)]
     start_e, end_e = (jnp.clip(x - i * size, 0, size) for x in (plan.start_e, plan.end_e))
-    return slot_c, position_c < plan.end_e[-1], end_e - start_e
+    return assignment_c, position_c < plan.end_e[-1], end_e - start_e
 
 
-def _per_piece(plan: _Plan, size: int, body, carry):
+def _per_piece(plan: _Plan, size: int, body: Callable, carry: Any) -> Any:
     """carry = body(i, carry) over the pieces that hold assignments of this device's experts."""
     if plan.order_n.size <= size:
         return body(0, carry)
     return jax.lax.fori_loop(0, -(-plan.end_e[-1] // size), body, carry)
 
 
-def _to_tokens(rows_cd, factor_tk, plan: _Plan, i, size: int) -> jax.Array:
-    """float32[T, D]: each token's rows of this piece, weighted and summed; a gather, so in one "
-    "order."""
+def _to_tokens(rows_cd: jax.Array, factor_tk: jax.Array, plan: _Plan, i, size: int) -> jax.Array:
+    """float32[T, D]: each token's rows of this piece, weighted and summed in a fixed order."""
     total = 0.0
-    for k in range(plan.place_tk.shape[1]):
-        place_t = plan.place_tk[:, k] - i * size
-        here_t = (place_t >= 0) & (place_t < size) & (plan.place_tk[:, k] < plan.end_e[-1])
-        row_td = rows_cd[jnp.clip(place_t, 0, size - 1)].astype(jnp.float32)
+    for k in range(plan.position_tk.shape[1]):
+        position_t = plan.position_tk[:, k] - i * size
+        here_t = (position_t >= 0) & (position_t < size) & (plan.position_tk[:, k] < plan.end_e[-1])
+        row_td = rows_cd[jnp.clip(position_t, 0, size - 1)].astype(jnp.float32)
         total += jnp.where(here_t[:, None], row_td * factor_tk[:, k, None], 0.0)
     return total
 
 
-def _hidden(x_td, gate, up, slot_c, sizes_e, num_chosen: int):
-    rows_cd = x_td[slot_c // num_chosen]
+def _hidden(x_td, gate, up, assignment_c, sizes_e, num_chosen: int):
+    rows_cd = x_td[assignment_c // num_chosen]
     return rows_cd, grouped_dot(rows_cd, gate, sizes_e), grouped_dot(rows_cd, up, sizes_e)
 
 
@@ -135,8 +145,8 @@ def _experts_forward(x_td, weight_tk, expert_tk, gate_edf, up_edf, down_efd, siz
     plan = _plan(expert_tk, gate_edf.shape[0])
 
     def body(i, out_td):
-        slot_c, _, sizes_e = _piece(plan, i, size)
-        _, gate, up = _hidden(x_td, gate_edf, up_edf, slot_c, sizes_e, weight_tk.shape[1])
+        assignment_c, _, sizes_e = _piece(plan, i, size)
+        _, gate, up = _hidden(x_td, gate_edf, up_edf, assignment_c, sizes_e, weight_tk.shape[1])
         rows_cd = grouped_dot(jax.nn.silu(gate) * up, down_efd, sizes_e)
         return out_td + _to_tokens(rows_cd, weight_tk, plan, i, size)
 
@@ -151,11 +161,11 @@ def _experts_backward(size: int, saved, d_out_td):
     ones_tk = jnp.ones_like(weight_tk)
 
     def body(i, sums):
-        slot_c, real_c, sizes_e = _piece(plan, i, size)
-        rows_cd, gate, up = _hidden(x_td, gate_edf, up_edf, slot_c, sizes_e, K)
+        assignment_c, real_c, sizes_e = _piece(plan, i, size)
+        rows_cd, gate, up = _hidden(x_td, gate_edf, up_edf, assignment_c, sizes_e, K)
         silu, d_silu = jax.vjp(jax.nn.silu, gate)
-        d_rows_cd = d_out_td[slot_c // K].astype(dtype)
-        weight_c1 = weight_tk.reshape(-1)[slot_c].astype(dtype)[:, None]
+        d_rows_cd = d_out_td[assignment_c // K].astype(dtype)
+        weight_c1 = weight_tk.reshape(-1)[assignment_c].astype(dtype)[:, None]
         d_hidden = grouped_dot(d_rows_cd, down_efd.swapaxes(1, 2), sizes_e)  # not yet weighted
         d_weight_c = jnp.sum((silu * up * d_hidden).astype(jnp.float32), axis=-1)
         d_hidden *= weight_c1
@@ -166,7 +176,7 @@ def _experts_backward(size: int, saved, d_out_td):
         return (
             sums[0] + _to_tokens(d_x_cd, ones_tk, plan, i, size),
             # An assignment sits in one piece; its weight's derivative is one number.
-            sums[1].at[slot_c].add(jnp.where(real_c, d_weight_c, 0.0)),
+            sums[1].at[assignment_c].add(jnp.where(real_c, d_weight_c, 0.0)),
             sums[2] + grouped_outer(rows_cd, d_gate, sizes_e),
             sums[3] + grouped_outer(rows_cd, d_up, sizes_e),
             sums[4] + grouped_outer(silu * up, d_rows_cd * weight_c1, sizes_e),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published Qwen3 models, so that plans and checks need no download. A directory's config.json
-rules."""
+"""The published Qwen3 models, so that plans and checks need no download.
+
+Where a directory is given, its config.json rules.
+"""
 
 import dataclasses
 

@@ -95,13 +95,13 @@ def param_shapes(config: Qwen3Config, dtype=jnp.float32) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
 
-def param_axes(config: Qwen3Config, *, own_layers: bool = False) -> Params:
+def param_axes(config: Qwen3Config, *, unstacked: bool = False) -> Params:
     """The tree of `init_params` with a tuple of axis names per array; None = never divided.
 
     Args:
-      own_layers: True = the tree of `with_own_layers` instead.
+      unstacked: True = the tree of `unstack_layers` instead.
     """
-    if own_layers:
+    if unstacked:
         layers = [_layer_axes(config, sparse) for sparse in config.sparse_layers]
     else:
         layers = {}
@@ -164,8 +164,8 @@ def unrolls(config: Qwen3Config, backend: Backend) -> bool:
     return config.num_layers <= backend.unroll
 
 
-def with_own_layers(config: Qwen3Config, params: Params, backend: Backend) -> Params:
-    """`params` as inference reads them fastest: an unrolled model's layers each on their own.
+def unstack_layers(config: Qwen3Config, params: Params, backend: Backend) -> Params:
+    """`params` as inference reads them fastest: an unrolled model's layers, each a tree.
 
     "layers" is then a list of trees without the layers axis, so that no pass has to take them out
     of the stacks. Another model's params come back as they are, and so do those that went through
@@ -198,9 +198,9 @@ def _run_params(config: Qwen3Config, layers: Params, start: int, size: int) -> P
         return layers
     sparse = config.sparse_layers[start]
     before = sum(s == sparse for s in config.sparse_layers[:start])
-    own, other = ("moe", "mlp") if sparse else ("mlp", "moe")
+    kind, other = ("moe", "mlp") if sparse else ("mlp", "moe")
     return {
-        name: jax.tree.map(lambda x, i=before if name == own else start: x[i : i + size], tree)
+        name: jax.tree.map(lambda x, i=before if name == kind else start: x[i : i + size], tree)
         for name, tree in layers.items()
         if name != other
     }
@@ -226,7 +226,7 @@ def trunk(
     """Hidden states after the final norm, compute dtype [B, L, D].
 
     Args:
-      params: of `init_params` or of `with_own_layers`.
+      params: of `init_params` or of `unstack_layers`.
       tokens_bl: int32[B, L]; any valid id where padded.
       positions_bl: int32[B, L], what rotary embedding sees; restarts with each packed segment.
       segment_ids_bl: int32[B, L]. Token i attends to tokens j <= i of its own segment; 0 = padding.
@@ -306,7 +306,7 @@ def extend(
     two forms below.
 
     Args:
-      params: of `with_own_layers`, with the backend that the cache was made with.
+      params: of `unstack_layers`, with the backend that the cache was made with.
 
     Returns:
       hidden_bld: compute dtype, after the final norm.

@@ -43,7 +43,7 @@ class Spec:
 class Weights:
     """The student as decoding wants it."""
 
-    params: Any  # compute dtype, decode sharding, of `qwen3.with_own_layers`
+    params: Any  # compute dtype, decode sharding, of `qwen3.unstack_layers`
     head: jax.Array  # head dtype, [V, D], or [D, V] where `Spec.head_is_dv`
 
 
@@ -101,10 +101,10 @@ def prepare(spec: Spec, params: Any) -> Weights:
     if spec.head_is_dv:
         head, axes = head.T, axes[::-1]
     params = jax.tree.map(lambda x: x.astype(spec.backend.compute_dtype), params)
-    weights = Weights(qwen3.with_own_layers(config, params, spec.backend), head)
+    weights = Weights(qwen3.unstack_layers(config, params, spec.backend), head)
     if mesh.size > 1:
-        own_layers = qwen3.unrolls(config, spec.backend)
-        places = Weights(decode(qwen3.param_axes(config, own_layers=own_layers)), decode(axes))
+        unstacked = qwen3.unrolls(config, spec.backend)
+        places = Weights(decode(qwen3.param_axes(config, unstacked=unstacked)), decode(axes))
         weights = jax.lax.with_sharding_constraint(weights, places)
     return weights
 

@@ -53,7 +53,7 @@ class Score:
     ) -> structs.Scores:
         """Scores of this host's rows; tokens that are not valid hold 0. Every host calls it.
 
-        Fastest with the parameters of `qwen3.with_own_layers`.
+        Fastest with the parameters of `qwen3.unstack_layers`.
         """
         plan = packing.plan(
             prompt_bp=rollout.prompt_bp,

@@ -125,7 +125,7 @@ def test_a_row_is_sampled_and_scored_as_it_would_be_alone(unroll):
 
     @jax.jit
     def in_two_steps(tokens_bl):
-        own = qwen3.with_own_layers(config, params, backend)
+        own = qwen3.unstack_layers(config, params, backend)
         start_b = jnp.zeros(len(tokens_bl), jnp.int32)
         cache = qwen3.init_cache(config, len(tokens_bl), L, backend)
         first, cache = qwen3.extend(config, own, tokens_bl[:, :-1], start_b, cache, backend)

@@ -134,12 +134,12 @@ def test_load_fills_shards(tmp_path):
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     rules = dict(embed="a", heads="b", mlp="b", vocab="b", experts=None)
 
-    def place(names):
+    def sharding(names):
         spec = jax.sharding.PartitionSpec(*(rules.get(name) for name in names))
         return jax.sharding.NamedSharding(mesh, spec)
 
     shardings = jax.tree.map(
-        place, qwen3.param_axes(config), is_leaf=lambda x: isinstance(x, tuple)
+        sharding, qwen3.param_axes(config), is_leaf=lambda x: isinstance(x, tuple)
     )
     _, params = hf.load(directory, shardings=shardings)
     assert_same(whole, params)

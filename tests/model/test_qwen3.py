@@ -62,7 +62,7 @@ def log_probs(config, params, hidden):
 def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backend):
     params = sharp_params(config)
     full = jax.nn.log_softmax(qwen3.logits(config, params, TOKENS))
-    own = qwen3.with_own_layers(config, params, backend)
+    own = qwen3.unstack_layers(config, params, backend)
     B, L = TOKENS.shape
     for sizes in ([L], [5, 4, 3], [4] + [1] * (L - 4)):
         # Garbage where nothing was written yet: columns from start_b on must not be read.
@@ -82,7 +82,7 @@ def test_prefill_in_pieces_and_token_by_token_equal_the_full_pass(config, backen
 def test_rows_of_different_length_decode_together(backend):
     """Row 0 is four tokens ahead of row 1, as in a batch of prompts of different length."""
     params = sharp_params(DENSE)
-    own = qwen3.with_own_layers(DENSE, params, backend)
+    own = qwen3.unstack_layers(DENSE, params, backend)
     full = jax.nn.log_softmax(qwen3.logits(DENSE, params, TOKENS))
     prompt = np.where(np.arange(8)[None] < np.array([[8], [4]]), TOKENS[:, :8], 0)
     cache = qwen3.init_cache(DENSE, 2, 12, backend)
@@ -100,7 +100,7 @@ def test_bf16_decoding_stays_close_and_keeps_its_dtype(backend):
     backend = dataclasses.replace(backend, compute_dtype=jnp.bfloat16)
     params = sharp_params(DENSE)
     full = qwen3.logits(DENSE, params, TOKENS)
-    own = qwen3.with_own_layers(DENSE, jax.tree.map(jnp.bfloat16, params), backend)
+    own = qwen3.unstack_layers(DENSE, jax.tree.map(jnp.bfloat16, params), backend)
     cache = qwen3.init_cache(DENSE, 2, 48, backend)
     parts = []
     for tokens, start in ((TOKENS[:, :11], 0), (TOKENS[:, 11:], 11)):
@@ -117,7 +117,7 @@ def test_writes_beyond_the_cache_are_dropped(backend):
     """A finished row may keep stepping: it must not overwrite its neighbours' columns."""
     params = sharp_params(DENSE)
     cache = qwen3.init_cache(DENSE, 2, 4, backend)
-    own = qwen3.with_own_layers(DENSE, params, backend)
+    own = qwen3.unstack_layers(DENSE, params, backend)
     _, after = extend(DENSE, own, TOKENS[:, :1], jnp.array([4, 1], jnp.int32), cache, backend)
     for k in after.k:
         assert not np.any(k[:, 0]) and np.any(k[:, 1, :, 1])
@@ -232,7 +232,7 @@ def test_decoding_never_copies_the_cache(backend):
     """In a loop that carries it, temporaries stay below one copy of the cache."""
     config = dataclasses.replace(DENSE, num_layers=16)
     shapes = qwen3.param_shapes(config)
-    shapes = jax.eval_shape(lambda params: qwen3.with_own_layers(config, params, backend), shapes)
+    shapes = jax.eval_shape(lambda params: qwen3.unstack_layers(config, params, backend), shapes)
     cache = jax.eval_shape(lambda: qwen3.init_cache(config, 8, 256, backend))
 
     def decode(params, token_b, cache):
@@ -252,9 +252,9 @@ def test_decoding_never_copies_the_cache(backend):
     assert memory.temp_size_in_bytes < cache_bytes / 8, memory
 
 
-def test_a_models_own_layers_compute_what_their_stacks_do():
+def test_unstacked_layers_compute_what_their_stacks_do():
     params = sharp_params(SPARSE)
-    own = qwen3.with_own_layers(SPARSE, params, UNROLLED)
+    own = qwen3.unstack_layers(SPARSE, params, UNROLLED)
     assert len(own["layers"]) == SPARSE.num_layers
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
     args = TOKENS, positions, np.ones_like(TOKENS), UNROLLED
@@ -265,19 +265,19 @@ def test_a_models_own_layers_compute_what_their_stacks_do():
 def test_only_stacks_are_copied_when_layers_are_split():
     """A large teacher is loaded where there is no room for it twice."""
     params = sharp_params(DENSE)
-    assert qwen3.with_own_layers(DENSE, params, Backend()) is params
-    own = qwen3.with_own_layers(DENSE, params, UNROLLED)
+    assert qwen3.unstack_layers(DENSE, params, Backend()) is params
+    own = qwen3.unstack_layers(DENSE, params, UNROLLED)
     assert own["embed"] is params["embed"]
-    assert qwen3.with_own_layers(DENSE, own, UNROLLED) is own
+    assert qwen3.unstack_layers(DENSE, own, UNROLLED) is own
 
 
-@pytest.mark.parametrize("own_layers", [False, True])
-def test_axes_match_shapes(own_layers):
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_axes_match_shapes(unstacked):
     for config in (DENSE, SPARSE):
         shapes = qwen3.param_shapes(config)
-        axes = qwen3.param_axes(config, own_layers=own_layers)
-        if own_layers:
-            split = functools.partial(qwen3.with_own_layers, config, backend=UNROLLED)
+        axes = qwen3.param_axes(config, unstacked=unstacked)
+        if unstacked:
+            split = functools.partial(qwen3.unstack_layers, config, backend=UNROLLED)
             shapes = jax.eval_shape(split, shapes)
         flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
         named = {jax.tree_util.keystr(path): names for path, names in flat}

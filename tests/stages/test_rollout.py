@@ -305,7 +305,7 @@ def test_a_mesh_does_not_change_the_rollout(params, prompts, sampled, sizes, unr
     sampler = build(mesh, num_slots=8, backend=backend)
     big = jax.tree.map(lambda x: np.concatenate([x, x, x]), prompts)
     params = jax.device_put(params, shardings)
-    params = qwen3.with_own_layers(CONFIG, params, backend) if frozen else params
+    params = qwen3.unstack_layers(CONFIG, params, backend) if frozen else params
     out = sampler(params, big, jax.random.key(1))
     for i in range(3):
         part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B], out)

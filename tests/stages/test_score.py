@@ -132,7 +132,7 @@ def test_scores_do_not_depend_on_the_mesh(everything, mesh, unroll):
     mesh = mesh_of(**mesh)
     stage = build(EVERYTHING, mesh, rows=8, unroll=unroll)
     frozen = [
-        qwen3.with_own_layers(
+        qwen3.unstack_layers(
             config,
             jax.device_put(p, parallel.shardings(qwen3.param_axes(config), mesh)),
             stage.backend,
