@@ -17,7 +17,7 @@ from opd_jax.structs import Vocabulary
 Messages = str | Sequence[dict[str, str]] | Sequence[tuple[str, str]]
 # What two readings of one tokenizer.json must encode alike: spaces, digits, lines, unicode, code.
 TEXTS = (
-    "Ann has  two plums,   and  {green} she's 'won'.",
+    "'Tis so: Ann has  two plums,   and  {green} she's 'won'.",
     "1234567 + 89 = 1,234,656; 3.14e-10",
     "a\n\n\tb \r\n   c\n \n",
     "Caf\u00e9 cafe\u0301 \ufb01 \u4e16\u754c \U0001f642 \u0627\u0644 \u00a0x",
