@@ -2,13 +2,16 @@
 """The contract: what passes, what is refused by name, and Qwen3's two published templates."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
+from opd_jax import build
 from opd_jax.problems import contract, tiny_tokenizer
 from opd_jax.problems.tokenizer import Tokenizer, probes
 from opd_jax.stages.sampling import Knobs
-from tests import advice
+from tests import advice, fakes
 
 IDS = {"a": 0, "b": 1, "<|im_end|>": 2, "<|endoftext|>": 3}
 STUDENT = contract.Side(
@@ -253,3 +256,51 @@ def test_what_the_data_do_not_need_may_differ(backend):
     """A teacher that tells system messages otherwise does for data that have none."""
     other = ELSEWHERE["system told as user"]
     assert checked(backend, INSTRUCT, other, data=["Hi", DATA[2]]) == []
+
+
+# ---- a run: each model directory's own template, and the data's own roles ----
+
+
+def config_with(pair, tmp_path, template, **overrides):
+    """A run whose teacher has another template than the embedded student's, which is hybrid."""
+    shutil.copytree(pair.teacher, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    given = {"teacher.path": str(tmp_path / "teacher"), "evaluate.source": ""}
+    return fakes.small_config(pair, **given | overrides)
+
+
+# A template that refuses what these data do not have is right for them.
+NO_SYSTEM = "{%- if messages[0].role == 'system' %}{{ raise_exception('none') }}{%- endif %}"
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("template", [INSTRUCT, NO_SYSTEM + INSTRUCT], ids=["2507", "no system"])
+def test_a_run_of_a_hybrid_student_and_an_instruct_teacher_starts(pair, tmp_path, template, caplog):
+    with build.build(config_with(pair, tmp_path, template), str(tmp_path / "run")):
+        assert caplog.text.count("teacher scores the student's own tokens, block included") == 1
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize(
+    "template, prompt, match",
+    [
+        (ELSEWHERE["another header"], "Hi", "template: prompt 0 differs"),
+        (INSTRUCT + "{% if %}", "Hi", "teacher.tokenizer_config.json cannot write.*roles user,"),
+        (NO_SYSTEM + INSTRUCT, DATA[1], "roles system, user, which the data need"),
+        (ELSEWHERE["system told as user"], DATA[1], "template: prompt [01] differs"),
+        (INSTRUCT.replace("m.content", "''"), "Hi", "content of the user message"),
+        (INSTRUCT.replace("add_generation_prompt", "no"), "Hi", "no generation prompt"),
+    ],
+)
+@pytest.mark.parametrize("where", ["data.source", "evaluate.source"])
+def test_a_run_whose_templates_do_not_fit_its_data_is_refused(
+    pair, tmp_path, where, template, prompt, match
+):
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    line = {"messages": [{"role": role, "content": text} for role, text in turns], "answer": "2"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    config = config_with(pair, tmp_path, template, **{where: str(tmp_path / "data.jsonl")})
+    with pytest.raises(ValueError, match=match) as caught:
+        build.build(config, str(tmp_path / "run"))
+    advice.check(caught.value)
