@@ -26,7 +26,7 @@ from opd_jax.config import Settings, defaults, read
 from opd_jax.model import qwen3, source
 from opd_jax.model.config import check_context
 from opd_jax.problems import contract, datasets, task, verify
-from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer
+from opd_jax.problems.tokenizer import Tokenizer, load_tokenizer, probes
 from opd_jax.run import Run, Start
 from opd_jax.stages import evaluate, prompts, rollout, score, selection, update
 from opd_jax.structs import Vocabulary
@@ -57,16 +57,16 @@ def build(config: mlc.ConfigDict, place: str) -> Run:
     mesh = parallel.build_mesh(given.mesh)
     parallel.check_rows(given.data.batch_size, "data.batch_size", mesh)
     tokenizer = load_tokenizer(given.student.directory)
-    _check_contract(given, tokenizer)
     problems = list(
         datasets.build_dataset(given.data.source, "train", on_error=given.data.on_error)
     )
+    held_out = evaluate.held_out(given.evaluate)
+    _check_contract(given, tokenizer, sum(held_out.values(), problems))
     stream = _prompts(given, problems, tokenizer, mesh)
     shapes = Shapes(**{role: model.config for role, model in models(given).items()})
     parts = stages(given, mesh, shapes, tokenizer.vocabulary)
     parts.select = _selection(given, tokenizer, mesh)
     verifier = verify.Verifier()
-    held_out = evaluate.held_out(given.evaluate)
     suites = evaluation(given, held_out, parts.sampler, tokenizer, verifier)
 
     guard = preemption.Guard()
@@ -283,14 +283,13 @@ def _recorder(given, mesh, workdir, start, tokenizer, verifier) -> recorder.Reco
     )
 
 
-PROBES = ("What is 2 + 3?", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-
-
-def _check_contract(given: Settings, tokenizer: Tokenizer) -> None:
+def _check_contract(given: Settings, tokenizer: Tokenizer, problems: list) -> None:
     """Raises unless the models speak of the same tokens; says what was allowed by name."""
     thinking, sides = given.data.thinking, []
+    prompts = [example.prompt for example in problems]
     for role, model in models(given).items():
         own = tokenizer if role == "student" else load_tokenizer(model.directory)
+        own.check_template(prompts, thinking)
         sides.append(
             contract.Side(
                 name=role,
@@ -298,12 +297,10 @@ def _check_contract(given: Settings, tokenizer: Tokenizer) -> None:
                 vocab_size=own.vocab_size,
                 head_rows=model.config.vocab_size,
                 eos_ids=own.eos_ids,
-                rendered=[own.render(probe, thinking) for probe in PROBES],
-                thinking=thinking,
+                rendered=[own.render(probe, thinking) for probe in probes(prompts)],
             )
         )
-    knobs = given.rollout.knobs
-    drawn = contract.Sampling(knobs.temperature, knobs.top_k, knobs.top_p, knobs.min_p)
     # Evaluation uses the training sampler and template as they are: nothing of it can differ.
-    for line in contract.check_contract(sides[0], sides[1:], drawn, None, given.contract_allow):
-        logging.warning("allowed by config.contract_allow: %s", line)
+    student, *others = sides
+    for line in contract.check_contract(student, others, given.rollout.knobs, given.contract_allow):
+        logging.warning(line)

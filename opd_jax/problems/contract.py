@@ -1,29 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What student, teacher and evaluation must agree on, checked before the first step.
+"""What student, teacher and reference must agree on, checked before the first step.
 
 On-policy distillation scores the student's own tokens with the teacher. That means something only
 if both read the same ids the same way, see the same prompt, stop at the same tokens, and if
 log-probs are of the distribution that was sampled. Pure functions over plain values.
+
+One difference of the prompts is none: Qwen3's hybrid models, in non-thinking mode, end the prompt
+with an empty think block, and the 2507 Instruct models do not. The teacher scores the rollout's
+own tokens, so it reads the student's prompt, block or no block, as in the public implementations of
+the method.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from opd_jax.settings import flag
 
 NAMES = {
     "token_ids": "the same string has the same id in both vocabularies",
     "vocab_size": "the models have the same true vocabulary, padded rows left out",
     "padded_rows": "no head has fewer rows than its vocabulary",
     "eos": "responses end at the same ids (151643 and 151645 differ between base and instruct)",
-    "template": "the rendered prompts are equal, character by character",
-    "thinking": "thinking mode is the same in training and evaluation",
+    "template": "the rendered prompts are equal but for an empty think block at their end",
     "sampling": "temperature 1 and no filter, as the log-probs in the loss assume",
-    "evaluation_sampling": "evaluation samples as training does",
 }
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+NO_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What the check looks at of one party: student, teacher, reference or evaluation."""
+    """What the check looks at of one model: student, teacher or reference."""
 
     name: str
     token_ids: Mapping[str, int]  # token string -> id, special ones included
@@ -31,80 +39,69 @@ class Side:
     head_rows: int  # rows of the model's head: >= vocab_size; the rest is padding
     eos_ids: Sequence[int]  # that end a response
     rendered: Sequence[str]  # a few prompts after the chat template, generation prompt included
-    thinking: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn; top_k = 0, top_p = 1 and min_p = 0 mean no filter."""
+class Sampling(Protocol):
+    """How responses are drawn (`stages.sampling.Knobs`)."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 def check_contract(
-    student: Side,
-    others: Iterable[Side],
-    training: Sampling,
-    evaluation: Sampling | None = None,
-    allow: Iterable[str] = (),
+    student: Side, others: Iterable[Side], sampling: Sampling, allow: Sequence[str] = ()
 ) -> list[str]:
     """Compares every other side with the student.
 
     Args:
       student: the reference point.
-      others: teacher, reference model, evaluation.
-      training, evaluation: how each samples; None = no evaluation.
+      others: teacher, reference model.
+      sampling: how rollouts are drawn.
       allow: names of NAMES whose mismatches are deliberate.
 
     Returns:
-      The mismatches that were allowed, one line each, for the log.
+      Lines for the log: the mismatches that were allowed, and a prompt that ends with an empty
+      think block on one side only.
 
     Raises:
-      ValueError: lists every mismatch that is not allowed, with both values and the name that
+      ValueError: lists every mismatch that is not allowed, with both values and the flag that
         allows it; or an unknown name in `allow`.
     """
-    allow = tuple(allow)
+    known = tuple(name for name in allow if name in NAMES)
     unknown = sorted(set(allow) - set(NAMES))
     if unknown:
         raise ValueError(
             f"contract_allow names {unknown}, which are no checks; the checks are "
-            f"{', '.join(NAMES)}. Set --config.contract_allow=\"('eos',)\" to allow one"
+            f"{', '.join(NAMES)}. Set {flag('contract_allow', known)}"
         )
-    found = [*_sampling(training, evaluation), *_rows(student)]
+    found, notes = [*_sampling(sampling), *_rows(student)], []
     for other in others:
         found += [*_rows(other), *_token_ids(student, other), *_vocab_size(student, other)]
-        found += [*_eos(student, other), *_template(student, other), *_thinking(student, other)]
-    refused = [(name, text) for name, text in found if name not in allow]
+        found += [*_eos(student, other), *_template(student, other)]
+        notes += _think_block(student, other)
+    refused = [(name, text) for name, text in found if name not in known]
     if refused:
         lines = "\n".join(f"  {name}: {text}" for name, text in refused)
-        names = tuple(dict.fromkeys(name for name, _ in refused))
+        names = tuple(dict.fromkeys((*known, *(name for name, _ in refused))))
         raise ValueError(
             f"student and the others do not fit together:\n{lines}\n"
-            f"Make them equal, or, where it is meant, set --config.contract_allow={names!r}"
+            f"Make them equal, or, where it is meant, set {flag('contract_allow', names)}"
         )
-    return [f"{name} (allowed): {text}" for name, text in found]
+    return [f"{name}, allowed by config.contract_allow: {text}" for name, text in found] + notes
 
 
-def _sampling(training, evaluation):
-    if training != Sampling():
-        given = _differences(training, Sampling())
+def _sampling(sampling):
+    off = [name for name, neutral in NO_FILTER.items() if getattr(sampling, name) != neutral]
+    if off:
+        given = ", ".join(f"{name}={getattr(sampling, name)}" for name in off)
+        flags = " ".join(flag(f"rollout.{name}", NO_FILTER[name]) for name in off)
         yield (
             "sampling",
             f"rollouts are sampled with {given}, but the loss takes log-probs at temperature 1 "
-            "over the whole vocabulary; set --config.rollout.temperature=1.0 and no filter",
+            f"over the whole vocabulary; set {flags}",
         )
-    if evaluation is not None and evaluation != training:
-        given = _differences(evaluation, training)
-        yield "evaluation_sampling", f"evaluation differs from training in {given}"
-
-
-def _differences(ours, theirs):
-    fields = (field.name for field in dataclasses.fields(Sampling))
-    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in fields)
-    return ", ".join(f"{name}={a} (not {b})" for name, a, b in pairs if a != b)
 
 
 def _rows(side):
@@ -150,7 +147,8 @@ def _eos(student, other):
 
 
 def _template(student, other):
-    for i, (ours, theirs) in enumerate(zip(student.rendered, other.rendered, strict=True)):
+    for i, pair in enumerate(zip(student.rendered, other.rendered, strict=True)):
+        ours, theirs = (text.removesuffix(EMPTY_THINK) for text in pair)
         if ours != theirs:
             at = next(
                 (k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
@@ -165,9 +163,20 @@ def _template(student, other):
             return
 
 
-def _thinking(student, other):
-    if student.thinking != other.thinking:
-        yield (
-            "thinking",
-            f"thinking is {student.thinking} for student and {other.thinking} for {other.name}",
-        )
+def _think_block(student, other):
+    """Says it once if, of two prompts that are else equal, one ends with an empty think block."""
+    for ours, theirs in zip(student.rendered, other.rendered, strict=True):
+        if theirs + EMPTY_THINK == ours:
+            yield (
+                "the student's prompts end with an empty think block (its chat template's "
+                f"non-thinking mode), {other.name}'s would not: {other.name} scores the student's "
+                "own tokens, block included"
+            )
+            return
+        if ours + EMPTY_THINK == theirs:
+            yield (
+                f"{other.name}'s prompts would end with an empty think block (its chat template's "
+                f"non-thinking mode), the student's do not: {other.name} scores the student's own "
+                "tokens, without the block"
+            )
+            return

@@ -10,11 +10,19 @@ The tokenizer is read from files; no code from a model directory runs.
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from opd_jax.structs import Vocabulary
 
 Messages = str | Sequence[dict[str, str]] | Sequence[tuple[str, str]]
+# What two readings of one tokenizer.json must encode alike: spaces, digits, lines, unicode, code.
+TEXTS = (
+    "'Tis so: Ann has  two plums,   and  {green} she's 'won'.",
+    "1234567 + 89 = 1,234,656; 3.14e-10",
+    "a\n\n\tb \r\n   c\n \n",
+    "Caf\u00e9 cafe\u0301 \ufb01 \u4e16\u754c \U0001f642 \u0627\u0644 \u00a0x",
+    "def f(a_b):\n    return a_b[0]!=-1 or \\frac{1}{2}  # DON'T",
+)
 
 
 def as_messages(prompt: Messages) -> list[dict[str, str]]:
@@ -22,6 +30,24 @@ def as_messages(prompt: Messages) -> list[dict[str, str]]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in prompt]
+
+
+def probes(prompts: Iterable[Messages]) -> list[list[dict[str, str]]]:
+    """A made-up prompt for each sequence of roles that occurs in `prompts`.
+
+    What a chat template must be able to write, and no more: a template that refuses system messages
+    is right for data that have none.
+    """
+    found = dict.fromkeys(tuple(m["role"] for m in as_messages(prompt)) for prompt in prompts)
+    return [_probe(roles, "Is") for roles in found]
+
+
+def _probe(roles: Sequence[str], first: str) -> list[dict[str, str]]:
+    """Contents that a template would change if it cut, quoted or retyped them."""
+    content = first + " 'a' & <b> {} the same?\nYES or no, says \"{}\" of part {}."
+    return [
+        {"role": role, "content": content.format("{c}", role, i)} for i, role in enumerate(roles)
+    ]
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -49,6 +75,10 @@ def _token_bytes(tokenizer) -> list[bytes]:
                 "is; set --config.student.path to a model with such a tokenizer"
             )
     return out
+
+
+def _roles(messages: list[dict[str, str]]) -> str:
+    return ", ".join(message["role"] for message in messages)
 
 
 class Tokenizer:
@@ -88,13 +118,57 @@ class Tokenizer:
         return Vocabulary(self.vocab_size, self.eos_ids, self.pad_id)
 
     def render(self, prompt: Messages, thinking: bool = False) -> str:
-        """The prompt as the model sees it, generation prompt included."""
-        return self.hf.apply_chat_template(
-            as_messages(prompt),
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
+        """The prompt as the model sees it, generation prompt included.
+
+        Raises ValueError if the chat template refuses the prompt or cannot be read.
+        """
+        return self._render(as_messages(prompt), thinking)
+
+    def _render(self, messages: list[dict[str, str]], thinking: bool, generation=True) -> str:
+        try:
+            return self.hf.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation,
+                enable_thinking=thinking,
+            )
+        except Exception as error:  # a template is a program and may raise anything
+            raise ValueError(
+                f"the chat template in {self._template_file} cannot write a prompt of the roles "
+                f"{_roles(messages)}, which the data need ({type(error).__name__}: {error}). "
+                "Correct that file, or leave such prompts out of the data (config.data.source)"
+            ) from error
+
+    @property
+    def _template_file(self) -> pathlib.Path:
+        """Where transformers found the chat template."""
+        directory = pathlib.Path(self.hf.name_or_path)
+        own = directory / "chat_template.jinja"
+        return own if own.exists() else directory / "tokenizer_config.json"
+
+    def check_template(self, prompts: Iterable[Messages], thinking: bool = False) -> None:
+        """Raises ValueError unless the chat template can write what the data need.
+
+        Args:
+          prompts: of the data; the first of each sequence of roles is tried (see `probes`).
+          thinking: the template's thinking mode.
+        """
+        for messages in probes(prompts):
+            text = self._render(messages, thinking)
+            if text == self._render(messages, thinking, generation=False):
+                raise ValueError(
+                    f"the chat template in {self._template_file} writes no generation prompt: its "
+                    "text is the same with and without add_generation_prompt, so the model would "
+                    "go on with the user's turn. Correct that file"
+                )
+            other = self._render(_probe([m["role"] for m in messages], "Are"), thinking)
+            for message in messages:
+                if message["content"] not in text or message["content"] in other:
+                    raise ValueError(
+                        f"the chat template in {self._template_file} does not write the content of "
+                        f"the {message['role']} message as it is (prompts of the roles "
+                        f"{_roles(messages)}): the model would see {text!r}. Correct that file"
+                    )
 
     def encode_prompt(self, prompt: Messages, thinking: bool = False) -> list[int]:
         """Ids of the rendered prompt."""
@@ -169,4 +243,27 @@ def load_tokenizer(directory) -> Tokenizer:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(directory), trust_remote_code=False, local_files_only=True
     )
+    _check_ids(tokenizer, directory)
     return Tokenizer(tokenizer, eos_ids(max(tokenizer.get_vocab().values()) + 1))
+
+
+def _check_ids(tokenizer, directory: pathlib.Path) -> None:
+    """Raises unless a few texts get the ids that tokenizer.json gives them.
+
+    transformers builds some classes from the vocabulary alone, with a pre-tokenizer of its own.
+    """
+    import tokenizers
+
+    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    raw.no_padding()
+    raw.no_truncation()
+    for text in TEXTS:
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        theirs = raw.encode(text, add_special_tokens=False).ids
+        if ours != theirs:
+            raise ValueError(
+                f"{directory / 'tokenizer.json'} encodes {text!r} as {theirs}, but transformers "
+                f"reads it as a {type(tokenizer).__name__} and gives {ours}: that class replaces "
+                "the file's pre-tokenizer or normalizer. Set tokenizer_class to "
+                f'"PreTrainedTokenizerFast" in {directory / "tokenizer_config.json"}'
+            )
