@@ -66,7 +66,9 @@ def test_without_the_datasets_package_the_message_says_what_to_give(monkeypatch)
 
 def test_wrong_fields_name_those_that_are_needed(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"question": "x"}])
-    with pytest.raises(ValueError, match=r"row 0 of aime25 lacks \['problem', 'answer'\]"):
+    with pytest.raises(
+        ValueError, match="a.jsonl:1: needs 'answer' or .*the fields are .'question'.; 1 of 1"
+    ):
         benchmarks.load(f"aime25={file}")
 
 
