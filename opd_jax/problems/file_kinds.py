@@ -24,7 +24,7 @@ _CSV, _TABS = (
     for options in ("", ', delimiter="\\t"')
 )
 _TABLE = (
-    "python -c 'import pandas, sys; "
+    "python -m pip install pandas pyarrow && python -c 'import pandas, sys; "
     'pandas.read_{reader}(sys.argv[1]).to_json(sys.argv[2], orient="records", lines=True)\' '
     "{{file}} {{out}}"
 )
