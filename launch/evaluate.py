@@ -114,7 +114,6 @@ def load_benchmarks(given: Sequence[str]) -> dict[str, list]:
     and b_test.
     """
     from opd_jax.problems import benchmarks
-    from opd_jax.stages import evaluate
 
     loaded = [(text, *benchmarks.load(text)) for text in given]
     counts = collections.Counter(name for _, name, _ in loaded)
@@ -128,7 +127,6 @@ def load_benchmarks(given: Sequence[str]) -> dict[str, list]:
                 "file: name each benchmark once, or evaluate them one by one, each with an "
                 "--output of its own"
             )
-        evaluate.check_ids(examples, f"--benchmarks={text}")
         problems[name] = examples
     return problems
 

@@ -269,6 +269,7 @@ def _recorder(given, mesh, workdir, start, tokenizer, verifier) -> recorder.Reco
         mesh=mesh,
         num_steps=given.num_steps,
         tokenizer=tokenizer,
+        thinking=given.data.thinking,
         verifier=verifier,
         schedule=given.optim.schedule(given.num_steps),
         writer=writer.Writer(

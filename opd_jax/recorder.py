@@ -48,6 +48,7 @@ class Recorder:
     mesh: jax.sharding.Mesh
     num_steps: int
     tokenizer: Tokenizer
+    thinking: bool  # the chat template's thinking mode, in which the prompts were rendered
     verifier: verify.Verifier
     schedule: Callable[[int], Any]  # updates applied -> learning rate of the next one
     writer: writer.Writer
@@ -153,7 +154,7 @@ class Recorder:
             row=int(taken.prompts.row_b[b]),
             example_id=example.id,
             family=example.family,
-            prompt=self.tokenizer.render(example.prompt),
+            prompt=self.tokenizer.render(example.prompt, self.thinking),
             answer=example.answer,
             correct=self.verifier.is_correct(self.tokenizer.decode(tokens_t), example.answer),
             finished=bool(rolled.finished_b[b]),

@@ -2,8 +2,12 @@
 """Benchmarks by name: where their problems come from, and how a problem becomes a prompt.
 
 A name is `NAME` (from the Hugging Face hub, which needs `pip install datasets` and the network),
-`NAME=FILE.jsonl` (the same fields from a file), a plain `FILE.jsonl` of {"prompt", "answer"}
+`NAME=FILE.jsonl` (the same problems from a file), a plain `FILE.jsonl` of {"prompt", "answer"}
 objects, `embedded` (the held-out problems of the embedded task) or `embedded_ood`.
+
+Public copies of one benchmark differ in their fields: the hub's field is read where a row has it,
+else the first of QUESTIONS or ANSWERS, in either case of letters. A problem's name is its number
+among the rows: copies number them each in their own way, some twice from 0.
 
 Left out: LiveCodeBench, HumanEval+ and MBPP+ run code that a model wrote. Export the model
 (`python -m launch.export`) and give the directory to their own sandboxed harnesses.
@@ -11,18 +15,19 @@ Left out: LiveCodeBench, HumanEval+ and MBPP+ run code that a model wrote. Expor
 
 import dataclasses
 import hashlib
-import json
+import itertools
 import pathlib
 import random
 from collections.abc import Iterable
 
-from opd_jax.problems import task
-from opd_jax.problems.datasets import build_dataset
+from opd_jax.problems import datasets, jsonl, task, verify
 
 # The wording that the paper's set-up uses after each mathematical problem.
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE = "Please reason step by step, and put the letter of your final answer within \\boxed{}."
 LETTERS = "ABCDEFGHIJ"
+QUESTIONS = ("problem", "question")
+ANSWERS = ("answer", "final_answer", "solution")
 EMBEDDED = {"embedded": "heldout", "embedded_ood": "ood"}
 CODE = ("livecodebench", "humaneval", "humaneval+", "mbpp", "mbpp+")
 
@@ -42,10 +47,12 @@ class Benchmark:
 
 BENCHMARKS = {
     "aime25": Benchmark("math-ai/aime25", "test", "problem", "answer"),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
     "hmmt_feb25": Benchmark("MathArena/hmmt_feb_2025", "train", "problem", "answer"),
     "hmmt_nov25": Benchmark("MathArena/hmmt_nov_2025", "train", "problem", "answer"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
     "minerva": Benchmark("math-ai/minervamath", "test", "question", "answer"),
+    "gsm8k": Benchmark("openai/gsm8k", "test", "question", "answer", subset="main"),
     "gpqa": Benchmark(
         "Idavidrein/gpqa",
         "train",
@@ -62,7 +69,7 @@ def load(name: str, num_problems: int = 0) -> tuple[str, list[task.Example]]:
     """(short name, problems) of one benchmark as the command line gives it; 0 problems = all."""
     known, _, file = name.partition("=")
     if name in EMBEDDED:
-        source = build_dataset("embedded", EMBEDDED[name])
+        source = datasets.build_dataset("embedded", EMBEDDED[name])
         count = min(num_problems or len(source), len(source))
         return name, [source[i] for i in range(count)]
     if known.casefold().replace(" ", "") in CODE:
@@ -71,10 +78,10 @@ def load(name: str, num_problems: int = 0) -> tuple[str, list[task.Example]]:
             "model with `python -m launch.export` and give the directory to the benchmark's harness"
         )
     if known in BENCHMARKS:
-        rows = _read_jsonl(file) if file else _read_hub(known)
-        examples = to_examples(known, rows)
+        examples = _read_file(known, file) if file else to_examples(known, _read_hub(known))
     elif name.endswith(".jsonl"):
-        known, examples = pathlib.Path(name).stem, list(build_dataset(name))
+        known = pathlib.Path(name).stem
+        examples = list(datasets.build_dataset(name, option=datasets.BENCHMARKS))
     else:
         raise ValueError(
             f"--benchmarks={name} is unknown: it takes {', '.join([*EMBEDDED, *BENCHMARKS])}, any "
@@ -85,22 +92,81 @@ def load(name: str, num_problems: int = 0) -> tuple[str, list[task.Example]]:
 
 def to_examples(name: str, rows: Iterable[dict]) -> list[task.Example]:
     """Problems of a known benchmark from rows with its fields."""
-    benchmark, out = BENCHMARKS[name], []
+    examples = []
     for number, row in enumerate(rows):
+        try:
+            examples.append(_example(name, number, row))
+        except ValueError as error:
+            raise ValueError(f"row {number} of {name}: {error}") from None
+    return examples
+
+
+def _read_file(name: str, file: str) -> list[task.Example]:
+    """Problems of a known benchmark from a file of its rows; errors name file and line."""
+    numbers = itertools.count()
+    benchmark = BENCHMARKS[name]
+    fields = (benchmark.question, benchmark.answer, *benchmark.wrong)
+    shown = ", ".join(f'"{field}": ...' for field in fields)
+    read = jsonl.read(
+        file,
+        lambda row, _: _example(name, next(numbers), row),
+        option=f"{datasets.BENCHMARKS}={name}",
+        form=f"{{{shown}}} lines",
+    )
+    return [example for _, example in read]
+
+
+def _example(name: str, number: int, row: dict) -> task.Example:
+    """Problem `number` of a known benchmark; raises ValueError that says what the row lacks."""
+    benchmark = BENCHMARKS[name]
+    if benchmark.wrong:
         fields = (benchmark.question, benchmark.answer, *benchmark.wrong)
-        missing = [f for f in fields if f not in row]
-        if missing:
-            raise ValueError(
-                f"row {number} of {name} lacks {missing}; it has {sorted(row)}. A file given as "
-                f"{name}=FILE.jsonl needs the fields of {benchmark.path}: {', '.join(fields)}"
-            )
-        question, answer = str(row[benchmark.question]).strip(), str(row[benchmark.answer]).strip()
-        if benchmark.wrong:
-            wrong = [str(row[f]).strip() for f in benchmark.wrong]
-            question, answer = multiple_choice(question, answer, wrong)
-        prompt = f"{question}\n{CHOICE if benchmark.wrong else BOXED}"
-        out.append(task.Example(f"{name}-{number}", name, prompt, answer))
-    return out
+        question, answer, *wrong = (_found(row, (field,))[1] for field in fields)
+        question, answer = multiple_choice(question, answer, wrong)
+    else:
+        question = _found(row, (benchmark.question, *QUESTIONS))[1]
+        answer = final_answer(*_found(row, (benchmark.answer, *ANSWERS)))
+    prompt = f"{question}\n{CHOICE if benchmark.wrong else BOXED}"
+    return task.Example(f"{name}-{number}", name, prompt, answer)
+
+
+def _found(row: dict, fields: Iterable[str]) -> tuple[str, str]:
+    """(field, text) of the first of `fields` that holds something."""
+    fields = tuple(dict.fromkeys(fields))
+    held = {key.casefold(): value for key, value in row.items()}
+    for field in fields:
+        value = row.get(field, held.get(field.casefold()))
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value is None or value == []:
+            continue
+        jsonl.check_number(value, field)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f'"{field}" must be text or a number, this is {jsonl.kind(value)}')
+        if text := str(value).strip():
+            jsonl.check_characters(text, field)
+            return field, text
+    raise ValueError(
+        f"needs {' or '.join(map(repr, fields))}; the fields are "
+        f"{[jsonl.shortened(key) for key in sorted(row)[:10]]}"
+    )
+
+
+def final_answer(field: str, text: str) -> str:
+    r"""The answer that a text ends in: after ####, in its last \boxed{}, or the text itself.
+
+    Raises:
+      ValueError: a field of solutions names no answer in either way, or an empty one.
+    """
+    answer = text
+    if "####" in text:
+        answer = text.rpartition("####")[2]
+    elif (boxed := verify.last_boxed(text)) is not None:
+        answer = boxed
+    elif field == "solution":
+        raise ValueError('"solution" must hold its answer in \\boxed{} or after ####')
+    if not answer.strip():
+        raise ValueError(f'"{field}" ends in an empty answer')
+    return answer.strip()
 
 
 def multiple_choice(question: str, right: str, wrong: list[str]) -> tuple[str, str]:
@@ -114,13 +180,6 @@ def multiple_choice(question: str, right: str, wrong: list[str]) -> tuple[str, s
     random.Random(int.from_bytes(digest[:8], "big")).shuffle(order)
     lines = [f"({LETTERS[i]}) {choices[j]}" for i, j in enumerate(order)]
     return "\n".join([question, *lines]), LETTERS[order.index(0)]
-
-
-def _read_jsonl(file: str) -> list[dict]:
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"{file} is no file; give the benchmark as NAME=FILE.jsonl")
-    return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
 
 
 def _read_hub(name: str) -> Iterable[dict]:

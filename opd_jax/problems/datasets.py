@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import json
 import os
 import pathlib
 import shutil
@@ -17,20 +16,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import logging
-
-from opd_jax.problems import task
+from opd_jax.problems import jsonl, task
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "heldout", "ood")
 # Problems per split, and the seed of their generation: pretraining draws from seed 0.
 SIZES = {"train": 5000, "heldout": 1000, "ood": 400}
 TASK_SEED = 1
+SOURCE, BENCHMARKS = "--config.data.source", "--benchmarks"  # flags that name a file
 _FIELDS = ("id", "family", "prompt", "answer", "solution")
 
 
 def build_dataset(
-    name: str, split: str = "train", *, cache_dir: str = "", on_error: str = "raise"
+    name: str,
+    split: str = "train",
+    *,
+    cache_dir: str = "",
+    on_error: str = "raise",
+    option: str = SOURCE,
 ) -> Sequence[task.Example]:
     """A random-access source of examples.
 
@@ -41,9 +44,10 @@ def build_dataset(
       cache_dir: where the embedded data set is written, once; "" = the environment variable
         OPD_JAX_CACHE, or ~/.cache/opd_jax.
       on_error: a bad JSONL line is raised, or skipped and counted ("raise", "skip").
+      option: the flag that `name` was given by, for the messages.
     """
     if name != EMBEDDED:
-        return read_jsonl(name, on_error=on_error)
+        return read_jsonl(name, on_error=on_error, option=option)
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the embedded task has {', '.join(SPLITS)}")
     return EmbeddedSource(_prepared(cache_dir).as_data_source(split=split))
@@ -137,103 +141,116 @@ class EmbeddedSource(Sequence[task.Example]):
 
 # ---- JSONL ----
 
+_LINE = '{"prompt": ..., "answer": ...} lines'
 
-def read_jsonl(path: str, *, on_error: str = "raise") -> list[task.Example]:
+
+def read_jsonl(path: str, *, on_error: str = "raise", option: str = SOURCE) -> list[task.Example]:
     """Examples of a JSONL file: {"prompt": ..., "answer": ...} or {"messages": [...], ...} lines.
 
-    "answer" may be missing where nothing is verified. A last message of the assistant is taken for
-    the reference solution. "id" and "family" are optional.
+    "answer" may be missing where nothing is verified; a number stays as it is written. A last
+    message of the assistant is taken for the reference solution. "id" (text or an integer) and
+    "family" are optional. null is as good as missing, but for an answer.
 
     Args:
       path: the file.
       on_error: "raise" names the file and line of the first bad line; "skip" leaves bad lines out,
         logs each and their number at the end.
+      option: the flag that `path` was given by, for the messages.
+
+    Raises:
+      FileNotFoundError, ValueError: as `jsonl.read`, or two problems have one id.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(
             f"on_error={on_error!r} is unknown; set --config.data.on_error=raise or skip"
         )
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--config.data.source={path} is no file; set it to a JSONL file of "
-            '{"prompt": ..., "answer": ...} lines, or to "embedded"'
-        )
-    examples, num_skipped = [], 0
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_parse_line(line, f"{file.stem}-{number}"))
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # UnicodeDecodeError, JSONDecodeError: ValueErrors
-            message = f"{path}:{number}: {error}"
-            if on_error == "raise":
-                raise ValueError(
-                    f"{message}; correct the line, or set --config.data.on_error=skip to leave "
-                    "such lines out"
-                ) from None
-            logging.warning("skipped %s", message)
-            num_skipped += 1
-    if num_skipped:
-        logging.warning("%s: %d lines skipped, %d read", path, num_skipped, len(examples))
-    if not examples:
-        raise ValueError(
-            f"{path} holds no problem ({num_skipped} lines skipped): a run needs at least one line "
-            '{"prompt": ..., "answer": ...}; set --config.data.source to such a file'
-        )
+    stem = pathlib.Path(path).stem
+    numbered = jsonl.read(
+        path,
+        lambda record, number: _example(record, f"{stem}-{number}"),
+        option=option,
+        form=f"{_LINE}, or to {EMBEDDED!r}" if option != BENCHMARKS else _LINE,
+        skip="--config.data.on_error=skip" if option == SOURCE else "",
+        on_error=on_error,
+    )
+    examples = [example for _, example in numbered]
+    check_ids(examples, f"{option}={path}", [number for number, _ in numbered])
     return examples
 
 
-def _parse_line(line: bytes, name: str) -> task.Example:
+def check_ids(
+    examples: Sequence[task.Example], where: str, lines: Sequence[int] | None = None
+) -> None:
+    """Raises ValueError unless every problem has an id of its own: samples are stored by it.
+
+    Args:
+      where: what holds them, for the message.
+      lines: number of each example's line, where they come from a file.
+    """
+    places: dict[str, list[int]] = {}
+    for place, example in zip(lines or range(1, len(examples) + 1), examples, strict=True):
+        places.setdefault(str(example.id), []).append(place)
+    if repeated := [id_ for id_, found in places.items() if len(found) > 1]:
+        first = places[repeated[0]]
+        more = f" and {len(first) - 2} more" if len(first) > 2 else ""
+        raise ValueError(
+            f"{where}: {len(repeated)} ids belong to several problems, first {repeated[0]!r} "
+            f"({'lines' if lines else 'problems'} {first[0]} and {first[1]}{more}): samples are "
+            "stored by id, so all but one of such problems would be lost. Give every problem an "
+            '"id" of its own, or none an "id"'
+        )
+
+
+def _example(record: dict, name: str) -> task.Example:
     """Raises ValueError that says what the line holds and what it must hold."""
-    record = json.loads(line.decode("utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError(f"a line must be an object, this is {_kind(record)}")
-    if ("prompt" in record) == ("messages" in record):
-        raise ValueError(f'needs either "prompt" or "messages"; the keys are {sorted(record)[:10]}')
+    given = {k: v for k, v in record.items() if v is not None or k == "answer"}
+    if ("prompt" in given) == ("messages" in given):
+        keys = [jsonl.shortened(key) for key in sorted(given)[:10]]
+        raise ValueError(f'needs either "prompt" or "messages"; the keys are {keys}')
     solution = ""
-    if "prompt" in record:
-        prompt = _text(record, "prompt", empty=False)
+    if "prompt" in given:
+        prompt = _text(given, "prompt", empty=False)
     else:
-        prompt = _messages(record["messages"])
+        prompt = _messages(given["messages"])
         if prompt[-1][0] == "assistant":
             prompt, solution = prompt[:-1], prompt[-1][1]
         if not prompt or prompt[-1][0] not in ("user", "tool"):
             raise ValueError('"messages" must end with a message of the user (before any solution)')
-    answer = record.get("answer", "")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f'"answer" must be text or a number, this is {_kind(answer)}')
+    id_ = given.get("id", name)
     return task.Example(
-        id=_text(record, "id", name),
-        family=_text(record, "family", "jsonl"),
+        id=str(id_) if jsonl.is_integer(id_) else _text({"id": id_}, "id"),
+        family=_text(given, "family", "jsonl"),
         prompt=prompt,
-        answer=str(answer),
+        answer=_answer(given.get("answer", "")),
         solution=solution,
     )
 
 
+def _answer(answer: Any) -> str:
+    jsonl.check_number(answer, "answer")
+    if not isinstance(answer, str):
+        raise ValueError(f'"answer" must be text or a number, this is {jsonl.kind(answer)}')
+    jsonl.check_characters(answer, "answer")
+    return str(answer)
+
+
 def _text(record: dict, key: str, default: str = "", *, empty: bool = True) -> str:
     value = record.get(key, default)
-    if not isinstance(value, str) or not (value.strip() or empty):
-        raise ValueError(f'"{key}" must be non-empty text, this is {_kind(value)}')
+    if not jsonl.is_text(value) or not (value.strip() or empty):
+        must = "text" if empty else "non-empty text"
+        raise ValueError(f'"{key}" must be {must}, this is {jsonl.kind(value)}')
+    jsonl.check_characters(value, key)
     return value
 
 
 def _messages(messages: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"messages" must be a list of messages, this is {_kind(messages)}')
+        raise ValueError(f'"messages" must be a list of messages, this is {jsonl.kind(messages)}')
     for message in messages:
         fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(k), str) for k in ("role", "content")):
+        if not all(jsonl.is_text(fields.get(k)) for k in ("role", "content")):
             raise ValueError(
-                'a message must be {"role": text, "content": text}, one is ' + _kind(message)
+                'a message must be {"role": text, "content": text}, one is ' + jsonl.kind(message)
             )
+        jsonl.check_characters(fields["role"] + fields["content"], "messages")
     return tuple((m["role"], m["content"]) for m in messages)
-
-
-def _kind(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

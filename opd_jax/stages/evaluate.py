@@ -8,7 +8,7 @@ cut off can go on.
 """
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from opd_jax import parallel, structs
 from opd_jax.problems import datasets, intervals, task, verify
 from opd_jax.problems.tokenizer import Tokenizer
-from opd_jax.settings import Section, flag, number
+from opd_jax.settings import Section, number
 from opd_jax.stages import rollout
 
 CALL_BATCHES = 8  # a call of the sampler takes so many batches of rows: bounds the host's memory
@@ -48,9 +48,8 @@ def held_out(settings: Settings) -> dict[str, list[task.Example]]:
         wanted["ood_"] = ("ood", settings.num_ood_problems)
     sets = {}
     for prefix, (split, most) in wanted.items():
-        problems = datasets.build_dataset(settings.source, split)
+        problems = datasets.build_dataset(settings.source, split, option="--config.evaluate.source")
         sets[prefix] = [problems[i] for i in range(min(most, len(problems)))]
-        check_ids(sets[prefix], flag("evaluate.source", settings.source))
     return sets
 
 
@@ -118,7 +117,7 @@ class Evaluator:
         called after every chunk of decoding, equally often on all hosts; it may raise to give up.
         """
         check_sizes(len(examples), num_samples)
-        check_ids(examples, group or "the evaluation set")
+        datasets.check_ids(examples, group or "the evaluation set")
         ids = [self.tokenizer.encode_prompt(e.prompt, self.thinking) for e in examples]
         check_prompts(examples, ids, self.prompt_len)
         done = set(done)
@@ -285,17 +284,6 @@ def check_sizes(num_problems: int, num_samples: int) -> None:
             f"{num_problems} problems with {num_samples} samples each: an evaluation takes 1 to "
             f"{MAX_PROBLEMS} problems and 1 to {MAX_SAMPLES} samples, because a row's number names "
             "its sampling key. Set --config.evaluate.num_samples=1"
-        )
-
-
-def check_ids(examples: Sequence[task.Example], where: str) -> None:
-    """Raises unless every problem has an id of its own: samples are stored and counted by it."""
-    counts = Counter(str(example.id) for example in examples)
-    if repeated := [id_ for id_, count in counts.items() if count > 1]:
-        raise ValueError(
-            f"{where}: {len(repeated)} ids belong to several problems, first {repeated[0]!r} "
-            f"({counts[repeated[0]]} times): samples are stored by id, so all but one of such "
-            'problems would be lost. Give every problem an "id" of its own, or none an "id"'
         )
 
 

@@ -2,6 +2,7 @@
 """Data: the embedded set on disk, JSONL with its errors, and prompts that resumes exactly."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from opd_jax.model import hf
 from opd_jax.problems import datasets, task
 from opd_jax.problems.datasets import SPLITS, build_dataset, embedded_examples
 from opd_jax.problems.tokenizer import load_tokenizer
+from opd_jax.stages import evaluate
 from opd_jax.stages.prompts import PromptStream, Settings
+from tests import advice
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +169,36 @@ def test_messages_reach_the_template(tmp_path, tokenizer):
 
 
 BAD_LINES = [
-    (b"{", "Expecting property name"),
-    (b"\xff\xfe", "utf-8"),
-    (b"[1]", "must be an object, this is list"),
+    (b"{", "is no JSON: Expecting property name"),
+    (b"\xff\xfe", "is not UTF-8 text"),
+    (b"[1]", "must be an object, this is a list: ['1']"),
     (b"{}", 'needs either "prompt" or "messages"'),
     (b'{"prompt": "p", "messages": []}', 'needs either "prompt" or "messages"'),
-    (b'{"prompt": 3}', '"prompt" must be non-empty text, this is int 3'),
+    (b'{"prompt": null, "messages": null}', 'needs either "prompt" or "messages"'),
+    (b'{"prompt": 3}', '"prompt" must be non-empty text, this is the number 3'),
     (b'{"prompt": " "}', '"prompt" must be non-empty text'),
-    (b'{"prompt": "p", "answer": null}', '"answer" must be text or a number, this is NoneType'),
-    (b'{"prompt": "p", "answer": true}', '"answer" must be text or a number, this is bool'),
+    (b'{"prompt": "p", "answer": null}', '"answer" must be text or a number, this is null'),
+    (b'{"prompt": "p", "answer": true}', '"answer" must be text or a number, this is a truth'),
+    (b'{"prompt": "p", "answer": [1]}', '"answer" must be text or a number, this is a list'),
+    (b'{"prompt": "p", "answer": {"a": 1}}', '"answer" must be text or a number, this is an obj'),
+    (b'{"prompt": "p", "answer": NaN}', '"answer" is NaN, which is no number'),
+    (b'{"prompt": "p", "answer": Infinity}', '"answer" is Infinity, which is no number'),
+    (b'{"prompt": "p", "answer": -Infinity}', '"answer" is -Infinity, which is no number'),
+    (b'{"prompt": "p", "id": true}', '"id" must be text, this is a truth value: True'),
+    (b'{"prompt": "p", "id": 1.0}', '"id" must be text, this is the number 1.0'),
+    (b'{"prompt": "p", "id": [1]}', '"id" must be text, this is a list'),
+    (b'{"prompt": "p", "family": 1}', '"family" must be text, this is the number 1'),
+    (b'{"prompt": "\\ud800"}', r'"prompt" holds \ud800, half of a surrogate pair'),
+    (b'{"prompt": "p", "answer": "\\udfff"}', r'"answer" holds \udfff, half of a surrogate pair'),
+    (b'{"prompt": "p", "id": "\\ud800"}', r'"id" holds \ud800, half of a surrogate pair'),
+    (b'{"prompt": "p", "family": "\\ud800"}', r'"family" holds \ud800, half of a surrogate'),
+    (
+        b'{"messages": [{"role": "user", "content": "a \\udc00"}]}',
+        r'"messages" holds \udc00, half of a surrogate pair',
+    ),
     (b'{"messages": "p"}', '"messages" must be a list'),
     (b'{"messages": [{"role": "user"}]}', "a message must be"),
+    (b'{"messages": [{"role": "user", "content": 3}]}', "a message must be"),
     (b'{"messages": [{"role": "assistant", "content": "a"}]}', "must end with a message of the"),
     (b"[" * 100_000, "recursion"),
 ]
@@ -189,14 +211,135 @@ def test_a_bad_line_is_named_or_skipped_by_flag(tmp_path, line, message):
         build_dataset(path)
     assert f"{path}:2: " in str(error.value) and message in str(error.value)
     assert "--config.data.on_error=skip" in str(error.value)
+    advice.check(error.value)
     kept = build_dataset(path, on_error="skip")
     assert [e.prompt for e in kept] == ["good", "too"]
 
 
-def test_a_file_without_problems_is_refused(tmp_path):
-    path = write(tmp_path / "empty.jsonl", "", "{")
-    with pytest.raises(ValueError, match=r"holds no problem \(1 lines skipped\)"):
-        build_dataset(path, on_error="skip")
+@pytest.mark.parametrize("line, message", BAD_LINES[3:6], ids=range(3))
+def test_where_every_line_is_bad_nobody_is_told_to_skip(tmp_path, line, message):
+    path = write(tmp_path / "bad.jsonl", line, "", line)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(ValueError) as error:
+            build_dataset(path, on_error=on_error)
+        assert f"{path}:1: " in str(error.value) and message in str(error.value)
+        assert "2 of 2 lines are bad: set --config.data.source to a JSONL file" in str(error.value)
+        assert "skip" not in str(error.value)
+
+
+def test_skipped_lines_are_counted(tmp_path, caplog):
+    path = write(tmp_path / "some.jsonl", "{", '{"prompt": "p"}', "", '{"prompt": 1}')
+    with caplog.at_level("WARNING"):
+        assert [e.id for e in build_dataset(path, on_error="skip")] == ["some-2"]
+    assert f"{path}: 2 lines skipped, 1 read" in caplog.text
+    with pytest.raises(ValueError, match=r"some.jsonl:1: .* correct the line \(2 of 3 lines are"):
+        build_dataset(path)
+
+
+@pytest.mark.parametrize("lines", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
+def test_a_file_without_problems_is_refused(tmp_path, lines):
+    path = write(tmp_path / "empty.jsonl", lines)
+    with pytest.raises(ValueError, match="holds no problem: set --config.data.source to a JSONL"):
+        build_dataset(path)
+
+
+NUMBERS = """0 2 -3 007x 0.00001 1e-05 1E+5 4.5e33 0.10 1.0 -0.0 1e999 12345678901234567890
+    0.1234567890123456789""".split()
+
+
+@pytest.mark.parametrize("number", [*NUMBERS, "9" * 5000])
+def test_a_number_is_kept_as_it_is_written(tmp_path, number):
+    """The edit this would catch: floats of Python, which write 0.00001 as 1e-05 and drop digits."""
+    line = f'{{"prompt": "p", "answer": {number}, "score": NaN, "n": [{number}, true, null]}}'
+    path = write(tmp_path / "n.jsonl", line, '{"prompt": "q", "answer": "0.10"}')
+    if number == "007x":
+        with pytest.raises(ValueError, match="n.jsonl:1: is no JSON"):
+            build_dataset(path)
+        return
+    answers = [e.answer for e in build_dataset(path)]
+    assert answers == [number, "0.10"] and {type(a) for a in answers} == {str}
+
+
+PROBLEM = b'{"prompt": "p", "id": "a"}'
+READ = {
+    "LF": PROBLEM + b"\n",
+    "no end of line": PROBLEM,
+    "CRLF": PROBLEM + b"\r\n",
+    "byte order mark": b"\xef\xbb\xbf" + PROBLEM + b"\n",
+    "byte order mark, CRLF": b"\xef\xbb\xbf" + PROBLEM + b"\r\n",
+    "joined files with marks": b"\xef\xbb\xbf\r\n\xef\xbb\xbf" + PROBLEM,
+    "indented": b"  " + PROBLEM + b"  \n",
+    "null for what is missing": b'{"prompt": "p", "id": "a", "messages": null, "family": null}',
+    "messages": b'{"messages": [{"role": "user", "content": "p"}], "id": "a", "prompt": null}',
+    "other fields of any kind": b'{"prompt": "p", "id": "a", "x": [NaN, 1, {"y": "\\ud800"}]}',
+    "blank lines": b"\n\r\n \n" + PROBLEM + b"\n\n",
+}
+
+
+@pytest.mark.parametrize("given", READ.values(), ids=READ)
+def test_usual_writings_of_a_file_are_read(tmp_path, given):
+    path = write(tmp_path / "p.jsonl", given)
+    (example,) = build_dataset(path)
+    prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[0][1]
+    assert (example.id, example.family, prompt) == ("a", "jsonl", "p")
+
+
+def test_a_surrogate_pair_a_line_separator_and_a_mark_inside_are_text(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00 \u2028 \ufeff \\u0000 \x85 é"}')
+    assert build_dataset(path)[0].prompt == "\U0001f600 \u2028 \ufeff \x00 \x85 é"
+
+
+IDS = [
+    ("0 1 2", None),
+    ('"0" "1" "x"', None),
+    ("-1 1 0", None),
+    ('"a" "A" "a "', None),
+    ("null null null", None),
+    ("12345678901234567890 12345678901234567891 1", None),
+    ("0 0 1", "'0' (lines 1 and 2)"),
+    ('0 1 "0"', "'0' (lines 1 and 3)"),
+    ('"a" "b" "b"', "'b' (lines 2 and 3)"),
+    ("7 7 7", "'7' (lines 1 and 2 and 1 more)"),
+    ('null "p-1" 2', "'p-1' (lines 1 and 2)"),  # the first is named by its line
+]
+
+
+@pytest.mark.parametrize("ids, repeated", IDS, ids=[ids for ids, _ in IDS])
+def test_ids_are_text_or_integers_of_one_problem_each(tmp_path, ids, repeated):
+    lines = [f'{{"prompt": "p", "id": {id_}}}' for id_ in re.findall(r'"[^"]*"|\S+', ids)]
+    path = write(tmp_path / "p.jsonl", *lines)
+    if repeated is None:
+        assert len({e.id for e in build_dataset(path)}) == 3
+        return
+    for option in (datasets.SOURCE, "--config.evaluate.source", datasets.BENCHMARKS):
+        with pytest.raises(ValueError) as error:
+            build_dataset(path, option=option, on_error="skip")
+        assert f"{option}={path}: 1 ids belong" in str(error.value)
+        assert f"first {repeated}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option", [datasets.SOURCE, "--config.evaluate.source", datasets.BENCHMARKS]
+)
+def test_messages_blame_the_flag_that_named_the_file(tmp_path, option):
+    empty, bad = (
+        write(tmp_path / "none.jsonl", ""),
+        write(tmp_path / "bad.jsonl", "{", '{"prompt": "p"}'),
+    )
+    others = {datasets.SOURCE, "--config.evaluate.source", datasets.BENCHMARKS} - {option}
+    for path in (str(tmp_path / "nowhere.jsonl"), empty, bad):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            build_dataset(path, option=option)
+        message = str(error.value)
+        assert path in message and not any(other in message for other in others)
+        assert ("on_error" in message) == (path == bad and option == datasets.SOURCE)
+        assert option in message or path == bad
+        assert ("embedded" in message) == (path != bad and option != datasets.BENCHMARKS)
+
+
+def test_the_evaluations_file_is_blamed_by_its_own_flag(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^--config.evaluate.source=.*nowhere.* is no file"):
+        evaluate.held_out(evaluate.Settings(source=str(tmp_path / "nowhere.jsonl")))
 
 
 # ---- the embedded data set ----

@@ -66,10 +66,27 @@ def test_bootstrap_of_values_that_do_not_vary():
     assert np.isnan(intervals.bootstrap(np.array([])).mean)
 
 
-def test_wilson_against_a_published_value():
-    # 10 of 20: 0.299 to 0.701 (Brown, Cai and DasGupta 2001).
-    interval = intervals.wilson(10, 20)
-    assert (round(interval.low, 3), round(interval.high, 3)) == (0.299, 0.701)
+@pytest.mark.parametrize("num_correct, num", [(10, 20), (0, 1), (1, 1), (30, 30), (1, 272), (7, 9)])
+def test_wilson_inverts_the_score_test(num_correct, num):
+    """Its ends are the p at which |p_hat - p| = 1.96 standard errors *of p*; 10 of 20 is published
+    as 0.299 to 0.701 (Brown, Cai and DasGupta 2001).
+    """
+    interval = intervals.wilson(num_correct, num)
+    assert interval.mean == num_correct / num
+    for end, edge in ((interval.low, 0.0), (interval.high, 1.0)):
+        squared = (interval.mean - end) ** 2 * num
+        assert end == edge == interval.mean or squared == pytest.approx(
+            1.959964**2 * end * (1 - end), rel=1e-6
+        )
+    if (num_correct, num) == (10, 20):
+        assert (round(interval.low, 3), round(interval.high, 3)) == (0.299, 0.701)
+
+
+def test_bootstrap_of_three_problems_is_the_exact_percentile():
+    """27 equally likely resamples of 0, 0, 1: a mean of 0 has 8/27, of 1 has 1/27 > 2.5 %."""
+    interval = intervals.bootstrap(np.array([0.0, 0.0, 1.0]))
+    assert (interval.low, interval.high) == (0.0, 1.0)
+    assert interval.mean == pytest.approx(1 / 3)
 
 
 def test_seed_interval_uses_student_t():
