@@ -4,7 +4,6 @@
 Each remedy is a command that a shell takes; {file} is the file and {out} the JSONL file it makes.
 """
 
-import csv
 import json
 import pathlib
 import re
@@ -16,12 +15,9 @@ _ARRAY = _SCRIPT.format(
     code=f"import json, sys; [print(json.dumps(x)) for x in json.load({_OPEN})]"
 )
 _OBJECT = _SCRIPT.format(code=f"import json, sys; print(json.dumps(json.load({_OPEN})))")
-_CSV, _TABS = (
-    _SCRIPT.format(
-        code="import csv, json, sys; "
-        f"[print(json.dumps(x)) for x in csv.DictReader({_OPEN}{options})]"
-    )
-    for options in ("", ', delimiter="\\t"')
+_CSV = _SCRIPT.format(
+    code="import csv, json, sys; "
+    f'[print(json.dumps(x)) for x in csv.DictReader({_OPEN}, delimiter="DELIMITER")]'
 )
 _TABLE = (
     "python -m pip install pandas pyarrow && python -c 'import pandas, sys; "
@@ -48,7 +44,7 @@ _SIGNATURES = {
     b"\x00{": ("text in UTF-16", _ICONV.format(encoding="UTF-16BE")),
 }
 _HTML = re.compile(rb"\s*<(!doctype|html)", re.IGNORECASE)
-# A first line of these names, parted by commas, is the head of a table.
+# A first line that holds one of these names among others is the head of a table.
 _COLUMNS = {"id", "prompt", "messages", "problem", "question", "answer", "solution"}
 
 
@@ -81,9 +77,9 @@ def _kind(data: bytes) -> tuple[str, str] | None:
     start = data.lstrip()
     if start.startswith(b"["):
         return ("one JSON array", _ARRAY) if isinstance(_whole(start), list) else None
-    head, _, rest = start.partition(b"\n")
+    head = start.partition(b"\n")[0]
     if start.startswith(b"{"):
-        several = rest.strip() and isinstance(_whole(start), dict)
+        several = _whole(head) is None and isinstance(_whole(start), dict)
         return ("one JSON object over several lines", _OBJECT) if several else None
     return _table(head)
 
@@ -97,9 +93,10 @@ def _whole(data: bytes):
 
 
 def _table(head: bytes) -> tuple[str, str] | None:
-    tables = {",": ("a CSV table", _CSV), "\t": ("a table parted by tabs", _TABS)}
-    for delimiter, found in tables.items():
-        names = next(csv.reader([head.decode("utf-8", "replace").strip()], delimiter=delimiter), [])
-        if len(names) > 1 and _COLUMNS & {name.strip().casefold() for name in names}:
-            return found
+    for delimiter, name in ((",", "commas"), (";", "semicolons"), ("\t", "tabs")):
+        fields = head.decode("utf-8", "replace").split(delimiter)
+        names = {field.strip().strip('"').casefold() for field in fields}
+        if len(fields) > 1 and _COLUMNS & names:
+            shown = "\\t" if delimiter == "\t" else delimiter
+            return f"a CSV table, parted by {name}", _CSV.replace("DELIMITER", shown)
     return None

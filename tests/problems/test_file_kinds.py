@@ -42,9 +42,13 @@ TURNED = {
     "utf32.jsonl": (LINES.encode("utf-32"), "text in UTF-32"),
     "array.json": (json.dumps(ROWS).encode(), "one JSON array"),
     "indented.json": (json.dumps(ROWS, indent=1).encode("utf-8-sig"), "one JSON array"),
-    "my file's.csv": (CSV.format("", ",").encode(), "a CSV table"),
-    "excel.csv": (CSV.format("\ufeff", ",").replace("\n", "\r\n").encode(), "a CSV table"),
-    "p.tsv": (CSV.format("", "\t").encode(), "a table parted by tabs"),
+    "my file's.csv": (CSV.format("", ",").encode(), "a CSV table, parted by commas"),
+    "excel.csv": (
+        CSV.format("\ufeff", ",").replace("\n", "\r\n").encode(),
+        "a CSV table, parted by commas",
+    ),
+    "p.tsv": (CSV.format("", "\t").encode(), "a CSV table, parted by tabs"),
+    "p;.csv": (CSV.format("", ";").encode(), "a CSV table, parted by semicolons"),
 }
 
 
@@ -115,6 +119,10 @@ LINE_ONLY = {
     "version": b"version 1",
     "an angle": b"<think>",
     "bytes": b"\x80\x81",
+    "a carriage return": b"prompt\ra,b",
+    "NUL": b"a\x00,b",
+    "a field beyond csv's limit": b"a," + b"x" * 200_000,
+    "an open quote": b'"a,b',
 }
 
 
