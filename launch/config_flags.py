@@ -296,7 +296,7 @@ def _load_module(file: str) -> types.ModuleType:
         example = f"--config={close[0]}" if close else EXAMPLE
         raise ConfigError(f"--config={file}: no such file; use one that exists, as {example}")
     spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"--config={file} is not a Python file; use one like {EXAMPLE}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -73,6 +73,7 @@ def diagnose(config, workdir: str, num_batches: int) -> dict:
         cursor, sampler = run.prompts.state(), run.suite.evaluator.sampler
         student = measure(run, sampler, run.start.state.params, num_batches)
         run.prompts.restore(cursor)
+        assert run.teacher_suite is not None  # config.evaluate.teacher is set above
         sampler = run.teacher_suite.evaluator.sampler
         teacher = measure(run, sampler, run.stages.frozen.teacher, num_batches)
     tables, profiles = zip(student, teacher, strict=True)
@@ -167,7 +168,7 @@ def groups(student: dict, teacher: dict) -> dict[str, dict]:
 
 def figures(table: dict, where=slice(None), kind: str = "") -> dict:
     """What is said of a group of rollouts; None where it is empty."""
-    out = {"rollouts": len(table["correct"][where])}
+    out: dict[str, float | None] = {"rollouts": len(table["correct"][where])}
     out["accuracy"] = _mean(table["correct"][where])
     out["truncated"] = _mean(table["truncated"][where])
     out["tokens"] = _mean(table["length"][where])
@@ -221,7 +222,7 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
         "median release",
     ]
     head += ["gain > 6, min_side 3", "mean gain, min_side 3", "median release, min_side 3"]
-    rows = [list(PAPER)]
+    rows: list[list[str]] = [list(PAPER)]
     for name, f in found["groups"].items():
         cells = [name, str(f["rollouts"]), _percent(f["accuracy"]), _percent(f["truncated"])]
         for side in SIDES:

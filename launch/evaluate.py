@@ -260,10 +260,9 @@ def _sampler(config, tokenizer, mesh):
 
 
 def parse_mesh(pairs: Sequence[str]) -> list[tuple[str, str]]:
-    out = [tuple(pair.split(":")) for pair in pairs]
-    if any(len(pair) != 2 for pair in out):
+    if any(pair.count(":") != 1 for pair in pairs):
         raise ValueError(f"--mesh={','.join(pairs)} must be AXIS:SIZE pairs, as --mesh=fsdp:-1")
-    return out
+    return [(axis, size) for axis, _, size in (pair.partition(":") for pair in pairs)]
 
 
 def find_model(name: str):

@@ -63,7 +63,7 @@ def export(
     source = hf.resolve(student)
     reads = {"the run": workdir, "the student that the run began with": source}
     check_output(output, reads | {f"--config.student.path={student}": student}, overwrite)
-    step, params = checkpoint.Checkpoints(directory, read_only=True).read_params(step)
+    step, params = checkpoint.Checkpoints(str(directory), read_only=True).read_params(step)
     if dtype:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
     hf.save(qwen3.Qwen3Config.from_hf(source), params, output, source=source)

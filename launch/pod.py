@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -304,9 +305,8 @@ def main(argv: list[str]) -> None:
     own = {field.name for field in dataclasses.fields(Pod)} - {"commit", "arguments"}
     try:
         commit = resolve_commit(values.commit)
-        pod = Pod(
-            commit=commit, arguments=tuple(argv[1:]), **{name: values[name].value for name in own}
-        )
+        given: dict[str, Any] = {name: values[name].value for name in own}
+        pod = Pod(commit=commit, arguments=tuple(argv[1:]), **given)
         check(pod)
     except (ValueError, flags.Error) as error:
         sys.exit(f"ERROR: {error}")

@@ -48,6 +48,10 @@ def replay(fault: str) -> str:
         update = run.stages.update
         shapes = build.state_shapes(update, run.student)
         restored = checkpoint.Checkpoints(str(folder / "checkpoints")).restore(shapes)
+        if restored is None:
+            raise ValueError(
+                f"--fault={fault} holds no checkpoint: set it to WORKDIR/faults/step_..."
+            )
         lines += nonfinite("params", restored.state.params)
         batch = rolled, scores, weight_bt, denominator
         _, sums = update(restored.state, *batch, run.stages.frozen.teacher_head_vd)

@@ -35,6 +35,7 @@ import sys
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections as mlc
 from absl import flags
@@ -300,7 +301,8 @@ def write_csv(runs: Sequence[Run], path: epath.Path) -> None:
 
 def main(_) -> None:
     values = flags.FLAGS
-    path, shared = values["config"].config_filename, values["config"].override_values
+    flag: Any = values["config"]  # ml_collections' own, which knows its file
+    path, shared = flag.config_filename, flag.override_values
     try:
         found = (
             elements(values.sweep, values.zip) if values.sweep else config_flags.load_sweep(path)

@@ -14,7 +14,7 @@ base.py shows them all to the user; a test holds the two equal. Imports nothing 
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 TYPES = {"bool": bool, "int": int, "float": (float, int), "str": str, "tuple": tuple}
@@ -112,7 +112,7 @@ def _written(value: Any) -> str:
     return f"({','.join(map(_written, value))}{',' * (len(value) == 1)})"
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of a nested config, a dict or a ConfigDict."""
     flat = {}
     for name, value in config.items():

@@ -128,7 +128,7 @@ class _Worker:
         root = str(pathlib.Path(__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         self._ready = False
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-c", "from opd_jax import workers; workers.serve()"],
             bufsize=0,
             stdin=subprocess.PIPE,
@@ -138,12 +138,13 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": path},
         )
         with contextlib.suppress(OSError):  # dead already: the first call finds out
-            _write(self._process.stdin, self._hello)
+            _write(process.stdin, self._hello)
 
     def ask(self, argument: Any, seconds: float) -> Any:
         """The reply; TimeoutError past the limit, OSError or EOFError when the process is gone."""
         if self._process is None:
             self.start()
+        assert self._process is not None  # `start` makes one
         if not self._ready:
             self._receive(START_SECONDS)
             self._ready = True
@@ -151,6 +152,7 @@ class _Worker:
         return self._receive(seconds)
 
     def _receive(self, seconds: float) -> Any:
+        assert self._process is not None and self._process.stdout is not None  # asked once started
         until = time.monotonic() + seconds if seconds else None
         return decode(_read(_Timed(self._process.stdout.fileno(), until)))
 
@@ -163,9 +165,10 @@ class _Worker:
         """Ends the process when its work is done."""
         if self._process is None:
             return
-        with contextlib.suppress(OSError):  # its end of the pipe is gone
-            self._process.stdin.close()
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # its end of the pipe is gone
+                if pipe is not None:
+                    pipe.close()
         self._process.wait()
         self._process = None
 

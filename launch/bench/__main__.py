@@ -16,7 +16,7 @@ from opd_jax.workdir import preemption
 
 
 def main(argv: list[str]) -> None:
-    args = flags.parse(argv, __doc__)
+    args = flags.parse(argv, __doc__ or "")
     flags.pin(args.threads)
     from launch.bench import cases, measure
 

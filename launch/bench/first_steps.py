@@ -26,7 +26,7 @@ def main(path: str) -> None:
     seconds: dict[str, float] = collections.defaultdict(float)
     count = collections.Counter()
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration: float, **_: str | int) -> None:
         if event in EVENTS:
             seconds[EVENTS[event]] += duration
             count[EVENTS[event]] += 1

@@ -3,6 +3,7 @@
 
 import functools
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def decode_case(args) -> Report:
                 **measure.utilisation(flops, num_bytes, seconds),
             )
         )
+    parts = _parts(args, steps[0])
     result = dict(
         case="decode",
         seconds=rows[0]["step_ms"] / 1e3,
@@ -53,13 +55,13 @@ def decode_case(args) -> Report:
         matmul_gflops=matmul / 1e9,
         read_gb_per_second=read / 1e9,
         rows=rows,
-        parts_ms=_parts(args, steps[0]),
+        parts_ms=parts,
     )
     notes = [
         f"floor: {flops / 1e9:.2f} GFLOP a step at the {matmul / 1e9:.1f} GFLOP/s of a square "
         f"float32 product; memory floor: the weights read once at {read / 1e9:.1f} GB/s",
         "logp_gap: largest difference of a token's log-probability to the first row's, same tokens",
-        "alone: " + ", ".join(f"{k} {v:.2f} ms" for k, v in result["parts_ms"].items()),
+        "alone: " + ", ".join(f"{k} {v:.2f} ms" for k, v in parts.items()),
     ]
     return Report(result, rows, notes)
 
@@ -91,7 +93,7 @@ class _DecodeSteps:
         self.rows = decode.Arrivals(prompts.tokens_bp, length, prompts.row_b, limit)
         self.source = np.arange(args.batch, dtype=np.int32)  # prompt i goes to slot i
         self.key = jax.random.key_data(jax.random.key(args.seed))
-        self.first = None
+        self.first: Any = None
 
     def __call__(self) -> float:
         args, spec, weights = self.args, self.spec, self.weights

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Case host: segmentation and selection of a large batch, and how much of it a step waits for."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -69,8 +71,9 @@ def _responses(args, num_ids: int):
     words = rng.integers(0, num_words, shape)
     tokens = np.where(rng.random(shape) < END_SHARE, ends, words).astype(np.int32)
     scores = sizes.random_scores(rollout, ("teacher_logp_bt", "teacher_logp_btk"), 0, 0, None)
-    scores.teacher_logp_btk[..., 0] += np.where(np.arange(shape[1]) < shape[1] // 2, 3.0, 0.3)
-    return rollout.replace(tokens_bt=tokens), scores
+    teacher_btk: Any = scores.teacher_logp_btk
+    teacher_btk[..., 0] += np.where(np.arange(shape[1]) < shape[1] // 2, 3.0, 0.3)
+    return dataclasses.replace(rollout, tokens_bt=tokens), scores
 
 
 def _measure(stage, rollout, scores):

@@ -57,7 +57,7 @@ def build(args) -> Case:
     mesh = sizes.build_mesh(args)
     student = sizes.model_config(args.student, args.vocab)
     teacher = sizes.model_config(args.teacher, args.vocab)
-    shared = dict(backend=sizes.backend(args, mesh), mesh=mesh)
+    shared: dict[str, Any] = dict(backend=sizes.backend(args, mesh), mesh=mesh)
     objective = Objective("sampled_pg" if args.objective == "paper" else args.objective)
     select = selection.build(selectors.build("full"), [b"x"] * args.vocab)
     pack = packing.Settings(args.micro_batch_rows, args.micro_batch_tokens, args.head_chunk)
@@ -236,11 +236,15 @@ def step_case(args) -> Report:
         return measure.ratio([c[stage] for c in clocks], floors) if flops[stage] else None
 
     rows = [
-        dict(stage=name, seconds=median[name], floor_seconds=flops[name] / rate) for name in STAGES
+        dict(
+            stage=name,
+            seconds=median[name],
+            floor_seconds=flops[name] / rate,
+            ratio_to_floor=to_floor(name),
+            **measure.utilisation(flops=flops[name], seconds=median[name]),
+        )
+        for name in STAGES
     ]
-    for row in rows:
-        row["ratio_to_floor"] = to_floor(row["stage"])
-        row |= measure.utilisation(flops=flops[row["stage"]], seconds=row["seconds"])
     result = dict(
         case="step",
         seconds=median["step"],

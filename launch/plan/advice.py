@@ -10,11 +10,12 @@ from launch.plan.text import Plan
 
 def advise(plan: Plan, config: mlc.ConfigDict) -> list[str]:
     """One line per stage that is short of memory: by how much, and flags that make it smaller."""
+    largest = [max(s.memory, key=lambda kind, s=s: s.memory[kind]) for s in plan.short]
     return [
         f"{stage.name} is short of {(stage.hbm_bytes - plan.chips.hbm_bytes) / GIB:.2f} GiB per "
-        f"device; its largest share is {max(stage.memory, key=stage.memory.get)}. Set "
+        f"device; its largest share is {kind}. Set "
         f"{' or '.join(_flags(stage, plan, config))}."
-        for stage in plan.short
+        for stage, kind in zip(plan.short, largest, strict=True)
     ]
 
 

@@ -160,7 +160,7 @@ class Seconds:
     @property
     def bound(self) -> str:
         times = dataclasses.asdict(self)
-        return max(times, key=times.get)
+        return max(times, key=lambda name: times[name])
 
 
 def roofline(costs: Costs, chips: Slice, mesh_devices: list) -> Seconds:

@@ -217,7 +217,7 @@ def trip_count(module: Module, parent: Computation, loop: Op) -> int | None:
             continue
         step = _step(module, body, left[1])
         start, bound = (_initial(module, parent, loop, value) for value in (left, right))
-        if None in (step, start, bound):
+        if step is None or start is None or bound is None:
             continue
         counts.append(_num_trips(direction, start, bound, step))
     counts = [n for n in counts if n is not None]

@@ -75,7 +75,7 @@ class Costs:
     @property
     def collective_bytes(self) -> dict[str, float]:
         """kind -> bytes one device sends."""
-        totals = dict.fromkeys(COLLECTIVES, 0.0)
+        totals: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
         for (kind, _), num_bytes in self.collectives.items():
             totals[kind] += num_bytes
         return totals
@@ -412,7 +412,10 @@ def device_group(op: hlo.Op, num_partitions: int) -> tuple[int, ...]:
         return tuple(int(n) for n in text[2 : text.index("}")].split(",") if n)
     if text.startswith("mesh"):
         return _mesh_group(text)
-    shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    found = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        raise ValueError(f"the device groups of a collective are not read: {text}")
+    shape, dims, order = found.groups()
     return tuple(_iota(dims, order).reshape(_ints(shape))[0].tolist())
 
 
@@ -431,7 +434,7 @@ def _mesh_group(text: str) -> tuple[int, ...]:
     elif "device_ids" in text:
         raise ValueError(f"the device order of a collective's mesh is not read: {text}")
     grid = grid.reshape(sizes)
-    index = [0] * len(axes)
+    index: list[int | slice] = [0] * len(axes)
     for name, before, size in named:
         axis = [axis for axis, _ in axes].index(name)
         total = int(axes[axis][1])

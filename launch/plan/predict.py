@@ -5,6 +5,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -84,7 +85,7 @@ def _add(stage: Stage, piece: Piece, chips: Slice, devices: list) -> None:
         stage.notes.add(str(error).split("\n")[0])
         return
     _largest(stage, memory(compiled) | {"resident": piece.resident})
-    costs = hlo_cost.count(hlo.parse(compiled.as_text()), piece.iterations)
+    costs = hlo_cost.count(hlo.parse(compiled.as_text() or ""), piece.iterations)
     seconds = roofline(costs, chips, devices)
     stage.runs += piece.runs
     stage.hbm_traffic_bytes += piece.runs * costs.hbm_bytes
@@ -92,7 +93,7 @@ def _add(stage: Stage, piece: Piece, chips: Slice, devices: list) -> None:
         stage.collective_bytes[kind] = (
             stage.collective_bytes.get(kind, 0.0) + piece.runs * num_bytes
         )
-    if stage.flops is not None:
+    if stage.flops is not None and stage.seconds is not None:
         stage.flops += piece.runs * costs.flops
         stage.seconds += piece.runs * seconds.total
     stage.bound = seconds.bound
@@ -106,7 +107,7 @@ def _largest(stage: Stage, kinds: dict[str, float]) -> None:
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
     """kind -> bytes of HBM per device while the program runs, by the compiler's account."""
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     return {
         "arguments": float(stats.argument_size_in_bytes),
         "temporaries": float(stats.temp_size_in_bytes),

@@ -33,15 +33,15 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        seconds = [stage.seconds for stage in self.stages.values()]
-        return None if None in seconds else sum(seconds)
+        seconds = [s.seconds for s in self.stages.values() if s.seconds is not None]
+        return sum(seconds) if len(seconds) == len(self.stages) else None
 
     @property
     def utilisation(self) -> float | None:
         """Counted FLOPs over what the chips could do in that time."""
         if not self.step_seconds:
             return None
-        flops = sum(stage.flops for stage in self.stages.values())
+        flops = sum(stage.flops or 0.0 for stage in self.stages.values())
         return flops / self.step_seconds / self.chips.flops
 
     @property
@@ -115,7 +115,7 @@ def as_table(plan: Plan, advice: list[str]) -> str:
 def _row(stage: Stage, chips: Slice) -> list[str]:
     kinds = [_gib(stage.memory.get(kind)) for kind in _KINDS]
     total = [_gib(stage.hbm_bytes), _gib(chips.hbm_bytes)]
-    if stage.flops is None:
+    if stage.flops is None or stage.seconds is None:
         return [stage.name, "", *kinds, *total, *["-"] * 6]
     used = stage.flops / stage.seconds / chips.flops
     return [

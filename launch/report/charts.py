@@ -110,7 +110,7 @@ def histogram(
     if mark:
         marks.append(frame.vertical(*mark))
     middle = np.sqrt(edges[1:] * edges[:-1]) if x.log else (edges[1:] + edges[:-1]) / 2
-    series = [Series(k, middle, s, colour=i) for i, (k, s) in enumerate(shares.items())]
+    series = [Series(k, middle.tolist(), s, colour=i) for i, (k, s) in enumerate(shares.items())]
     return _figure(title, frame, "".join(marks), series, note)
 
 
@@ -180,8 +180,8 @@ class _Frame:
         return "".join(out)
 
     def band(self, s: Series) -> str:
-        low = [p for run in _finite_runs(s.x, s.low) for p in run]
-        high = [p for run in _finite_runs(s.x, s.high) for p in run]
+        low = [p for run in _finite_runs(s.x, s.low or ()) for p in run]
+        high = [p for run in _finite_runs(s.x, s.high or ()) for p in run]
         if len(low) < 2:
             return ""
         points = " ".join(f"{self.px(a):.1f},{self.py(b):.1f}" for a, b in [*low, *reversed(high)])
@@ -296,8 +296,8 @@ def format_number(value: float | None, percent: bool = False) -> str:
 def _trimmed(s: Series) -> Series:
     """Without the points behind the last finite one."""
     end = int(np.flatnonzero(np.isfinite(np.asarray(s.y, float)))[-1]) + 1
-    parts = (None if part is None else part[:end] for part in (s.x, s.y, s.low, s.high))
-    return Series(s.label, *parts, s.colour)
+    low, high = (None if part is None else part[:end] for part in (s.low, s.high))
+    return Series(s.label, s.x[:end], s.y[:end], low, high, s.colour)
 
 
 def _finite_runs(x: Sequence[float], y: Sequence[float]) -> list[list[tuple[float, float]]]:

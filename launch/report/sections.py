@@ -95,9 +95,10 @@ def profiles(pools: dict, by: str, x: charts.Axis, suffix: str, note: str, under
     for name in names:
         title, y_label = SIGNALS.get(name, (name, name))
         series = [
-            charts.Series(label, *profile(*pooled[name], x.percent), colour=i)
+            charts.Series(label, xs, ys, colour=i)
             for i, (label, pooled) in enumerate(tables.items())
             if name in pooled
+            for xs, ys in [profile(*pooled[name], x.percent)]
         ]
         out.append(charts.line_chart(title + suffix, series, x, charts.Axis(y_label), note, under))
     return out

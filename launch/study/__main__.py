@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def of_workdir(workdir: str) -> str:
     """The tables of a workdir's runs; their numbers are stored beside them."""
-    stored, workdir = read_runs(workdir), epath.Path(workdir)
+    stored, folder = read_runs(workdir), epath.Path(workdir)
     text = as_markdown(stored, {})
     lines = ",\n".join(json.dumps(run) for run in stored["runs"])
     unfinished = json.dumps(stored["unfinished"])
-    (workdir / "study.json").write_text(f'{{"unfinished": {unfinished}, "runs": [\n{lines}\n]}}\n')
-    (workdir / "study.md").write_text(text)
+    (folder / "study.json").write_text(f'{{"unfinished": {unfinished}, "runs": [\n{lines}\n]}}\n')
+    (folder / "study.md").write_text(text)
     return text
 
 

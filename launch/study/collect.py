@@ -87,7 +87,7 @@ class Arm:
             interval = intervals.over_seeds(np.array([r[name] for r in rows]))
             if len(rows) == 1:
                 low, high = (rows[0].get(f"{name}_{end}") for end in ("low", "high"))
-                if is_finite(low) and is_finite(high):
+                if low is not None and high is not None and is_finite(low) and is_finite(high):
                     interval = intervals.Interval(interval.mean, low, high)
             out.append(interval)
         return np.array(xs), out
@@ -107,7 +107,7 @@ class Arm:
                     continue
                 for name, pair in getattr(signals, axis).items():
                     before = out.get(name, (0.0, 0.0))
-                    out[name] = tuple(_add(a, b) for a, b in zip(before, pair, strict=True))
+                    out[name] = _add(before[0], pair[0]), _add(before[1], pair[1])
         return out
 
     def per_rollout(self, name: str, steps: Callable[[int, int], bool] = always) -> np.ndarray:
@@ -196,7 +196,8 @@ def with_totals(rows: Sequence[dict]) -> list[dict]:
     seconds, tokens, out = 0.0, 0.0, []
     for row in rows:
         taken = row.get("time/step")
-        seconds += 0.0 if not is_finite(taken) else taken if taken <= 3 * median else median
+        if taken is not None and is_finite(taken):
+            seconds += taken if taken <= 3 * median else median
         tokens += row.get("tokens/supervised") or 0.0
         out.append({**row, "total/seconds": seconds, "total/supervised_tokens": tokens})
     return out

@@ -145,7 +145,10 @@ def read(at_point: dict, metric: str) -> float | None:
 def at(curve: Sequence[dict], axis: str, budget: float, metric: str) -> float:
     """A metric where `axis` reaches `budget`, between evaluations by straight lines; nan = none."""
     known = [(p[axis], read(p, metric)) for p in curve if read(p, metric) is not None]
-    return float(np.interp(budget, *zip(*known, strict=True))) if known else float("nan")
+    if not known:
+        return float("nan")
+    x, y = zip(*known, strict=True)
+    return float(np.interp(budget, x, y))
 
 
 # ---------------------------------------------------------------- tables

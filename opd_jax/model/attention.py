@@ -7,6 +7,7 @@ size; R = N / G query heads share a key/value head.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def _splash(q_blnh, k_blgh, v_blgh, segment_ids_bl, interpret: bool) -> jax.Arra
     # The kernel does not scale. In float32, then rounded once.
     q_bgrlh = (q_bgrlh.astype(jnp.float32) * H**-0.5).astype(q_blnh.dtype)
 
-    def row(q_grlh, k_glh, v_glh, segment_ids_l):
+    def row(q_grlh, k_glh, v_glh, segment_ids_l) -> Any:
         ids = splash.SegmentIds(segment_ids_l, segment_ids_l)
         return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q_grlh, k_glh, v_glh)
 
@@ -154,11 +155,12 @@ def _splash_kernel(length: int, heads_per_kv: int, interpret: bool):
 
     block = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads_per_kv)
     with jax.ensure_compile_time_eval():  # the mask's tables are constants, not tracers to cache
         return splash.make_splash_mqa_single_device(
             mask,
-            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+            block_sizes=splash.BlockSizes(**sizes),
             interpret=interpret,
         )
 
@@ -221,10 +223,11 @@ def _attend_one(q_b1nh: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = sum(
+    parts = [
         jnp.sum((w / total)[..., None] * v[:, :, None], axis=-2)
         for w, (_, v, _) in zip(weights, pieces, strict=True)
-    )
+    ]
+    out: jax.Array = functools.reduce(jnp.add, parts)
     return out.reshape(B, 1, N, H).astype(q_b1nh.dtype)
 
 

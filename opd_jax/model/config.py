@@ -155,9 +155,8 @@ class Qwen3Config:
             rope_theta=self.rope_theta,
             rope_scaling=_yarn_to_hf(self.rope_scaling),
         )
-        raw["rope_parameters"] = dict(rope_theta=self.rope_theta, rope_type="default")
-        if self.rope_scaling:
-            raw["rope_parameters"] |= raw["rope_scaling"]
+        rope = dict(rope_theta=self.rope_theta, rope_type="default")
+        raw["rope_parameters"] = rope | (_yarn_to_hf(self.rope_scaling) or {})
         if self.num_experts:
             raw |= dict(
                 num_experts=self.num_experts,

@@ -81,6 +81,7 @@ def _fetch_hub(name: str) -> Path:
     )
 
     repo, _, revision = name.partition("@")
+    last: Exception | None = None
     for attempt in range(_HUB_TRIES):
         try:
             return Path(
@@ -197,7 +198,7 @@ def _fill(leaf: hf_layout.Leaf, files: WeightFiles, dtype, sharding, not_finite:
         size = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
         out = np.empty(size, dtype)
         for where in np.ndindex(keys.shape if stack else ()):
-            key = keys[where] if stack else leaf.keys.item()
+            key = str(keys[where] if stack else leaf.keys.item())
             part = leaf.read(files.view(key), index[stack:])
             if not np.isfinite(part).all():
                 not_finite.add(key)
@@ -374,14 +375,14 @@ def _publish(temporary: Path, target: epath.Path, remote: bool) -> None:
         for file in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
             epath.Path(file).copy(target / file.name, overwrite=True)
         return
-    target = Path(target).absolute()
-    old = temporary.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
+    place = Path(target).absolute()
+    old = temporary.with_name(f".{place.name}.old-{os.getpid()}")
+    if place.exists():
+        place.rename(old)
     try:
-        temporary.rename(target)
+        temporary.rename(place)
     except OSError:
         if old.exists():
-            old.rename(target)
+            old.rename(place)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -197,9 +197,11 @@ class MoE(nnx.Module):
 
     def __call__(self, x_bld: jax.Array, backend: Backend) -> jax.Array:
         weight, chosen = moe.route(x_bld, self.router[...], self.num_chosen, self.normalise)
-        matrices = (self.gate_proj, self.up_proj, self.down_proj)
-        matrices = (matrix[...].astype(backend.compute_dtype) for matrix in matrices)
-        out = moe.mixture(x_bld, weight, chosen, *matrices, backend.shard)
+        gate, up, down = (
+            matrix[...].astype(backend.compute_dtype)
+            for matrix in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        out = moe.mixture(x_bld, weight, chosen, gate, up, down, backend.shard)
         return backend.shard(out, ("batch", "length", None))
 
 

@@ -68,7 +68,7 @@ def mixture(
                 jax.lax.all_gather(a, expert_axes, tiled=True) for a in (x, weight, chosen)
             )
         piece = -(-math.ceil(chosen.size / shards * (_SLACK if shards > 1 else 1)) // TILE) * TILE
-        out = _experts(x, weight, chosen - first, gate, up, down, piece)
+        out: Any = _experts(x, weight, chosen - first, gate, up, down, piece)
         if width_axes:
             out = jax.lax.psum(out, width_axes)
         if expert_axes:
@@ -116,12 +116,12 @@ def _per_piece(plan: _Plan, size: int, body: Callable, carry: Any) -> Any:
 
 def _to_tokens(rows_cd: jax.Array, factor_tk: jax.Array, plan: _Plan, i, size: int) -> jax.Array:
     """float32[T, D]: each token's rows of this piece, weighted and summed in a fixed order."""
-    total = 0.0
+    total = jnp.zeros((), jnp.float32)
     for k in range(plan.position_tk.shape[1]):
         position_t = plan.position_tk[:, k] - i * size
         here_t = (position_t >= 0) & (position_t < size) & (plan.position_tk[:, k] < plan.end_e[-1])
         row_td = rows_cd[jnp.clip(position_t, 0, size - 1)].astype(jnp.float32)
-        total += jnp.where(here_t[:, None], row_td * factor_tk[:, k, None], 0.0)
+        total = total + jnp.where(here_t[:, None], row_td * factor_tk[:, k, None], 0.0)
     return total
 
 

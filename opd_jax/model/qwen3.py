@@ -60,7 +60,7 @@ def init_params(config: Qwen3Config, key: jax.Array, dtype=jnp.float32) -> Param
     """Random weights: normal(0, 0.02), norms 1. Each layer has its own key, whatever the depth."""
     embed_key, head_key, layer_key = jax.random.split(key, 3)
     shape = (config.vocab_size, config.hidden_size)
-    layers: Params = {}
+    layers: dict[bool, Params] = {}
     for sparse in sorted(set(config.sparse_layers)):
         ids = jnp.array([i for i, s in enumerate(config.sparse_layers) if s == sparse])
         keys = jax.vmap(functools.partial(jax.random.fold_in, layer_key))(ids)

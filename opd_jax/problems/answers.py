@@ -189,13 +189,13 @@ _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 
 def _same_time(given: str, answer: str) -> bool | None:
     """Of two times of day; None = not two times."""
-    found = [_TIME.fullmatch(_unwrapped(text)) for text in (given, answer)]
-    if not all(found):
+    a, b = (_TIME.fullmatch(_unwrapped(text)) for text in (given, answer))
+    if a is None or b is None:
         return None
-    halves = [f[3].lower() for f in found if f[3]]
+    halves = [half.lower() for half in (a[3], b[3]) if half]
     if not halves:  # 3:30 may be a ratio
         return None
-    return found[0].group(1, 2) == found[1].group(1, 2) and len(set(halves)) == 1
+    return a.group(1, 2) == b.group(1, 2) and len(set(halves)) == 1
 
 
 _NAME = rf"(?:[A-Za-z]|\\[A-Za-z]+|{TEXT}\s*\{{[^{{}}]*\}})(?:_(?:\w|\{{[^{{}}]*\}}))?'*(?:\(\w\))?"

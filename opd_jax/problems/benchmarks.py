@@ -185,7 +185,7 @@ def multiple_choice(question: str, right: str, wrong: list[str]) -> tuple[str, s
 def _read_hub(name: str) -> Iterable[dict]:
     benchmark = BENCHMARKS[name]
     try:
-        import datasets
+        from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
             f"{name} comes from the hub ({benchmark.path}) and needs a package that is not "
@@ -193,4 +193,4 @@ def _read_hub(name: str) -> Iterable[dict]:
             f"--benchmarks={name}=FILE.jsonl with the fields {benchmark.question!r} and "
             f"{benchmark.answer!r}"
         ) from error
-    return datasets.load_dataset(benchmark.path, benchmark.subset, split=benchmark.split)
+    return load_dataset(benchmark.path, benchmark.subset, split=benchmark.split)

@@ -44,10 +44,17 @@ class Side:
 class Sampling(Protocol):
     """How responses are drawn (`stages.sampling.Knobs`)."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def min_p(self) -> float: ...
 
 
 def check_contract(

@@ -50,7 +50,8 @@ def build_dataset(
         return read_jsonl(name, on_error=on_error, option=option)
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the embedded task has {', '.join(SPLITS)}")
-    return EmbeddedSource(_prepared(cache_dir).as_data_source(split=split))
+    builder: Any = _prepared(cache_dir)  # its decorated methods hide their parameters
+    return EmbeddedSource(builder.as_data_source(split=split))
 
 
 # ---- the embedded data set ----

@@ -83,7 +83,8 @@ def _mantissa(part: dict[str, str | None]) -> Number | None:
     above = part["n1"] or part["n2"] or part["n3"]
     if above is None:
         return Number(1, 1, 0, 0)  # a power of ten alone
-    a, b = _read_decimal(above), _read_decimal(part["d1"] or part["d2"] or part["d3"])
+    below = part["d1"] or part["d2"] or part["d3"] or ""
+    a, b = _read_decimal(above), _read_decimal(below)
     if not b.numerator:
         return None
     n, d, e = a.numerator * b.denominator, a.denominator * b.numerator, a.exponent - b.exponent
@@ -194,13 +195,14 @@ def _joined(money: units.Unit, unit: units.Unit) -> units.Unit:
 
 def same(given: Quantity, answer: Quantity) -> bool:
     """Of two plain numbers: equal in value and unit; see the module's text for percent."""
-    numbers = [given.number, answer.number]
+    a, b = given.number, answer.number
+    if a is None or b is None:
+        return False
     if not (given.unit and answer.unit) and {"%": 1} in (given.unit, answer.unit):
-        hundredth = [
-            q.number._replace(exponent=q.number.exponent - 2 * len(q.unit)) for q in (given, answer)
-        ]
-        return same_number(*numbers) or same_number(*hundredth)
+        a_whole = a._replace(exponent=a.exponent - 2 * len(given.unit))
+        b_whole = b._replace(exponent=b.exponent - 2 * len(answer.unit))
+        return same_number(a, b) or same_number(a_whole, b_whole)
     named = next(iter(answer.unit), "")
     if named.startswith("base ") and not given.unit:  # the question named it
         return given.core == answer.core
-    return units.same(given.unit, answer.unit) and same_number(*numbers)
+    return units.same(given.unit, answer.unit) and same_number(a, b)

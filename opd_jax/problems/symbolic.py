@@ -9,10 +9,12 @@ units by a list that holds `t`, `s` and `h`, and takes any number out of what it
 Run it in a process of its own (`verify`): sympy can hang, crash and eat the memory.
 """
 
+from typing import Any
+
 import latex2sympy2_extended.latex2sympy2 as latex
 import math_verify
 import sympy
-from math_verify import grader, parser, utils
+from math_verify import errors, grader, parser, utils
 
 SECONDS = 3  # math-verify's own, softer limits on parsing and on comparing
 DIGITS = 6  # significant, of a decimal among other numbers
@@ -27,8 +29,9 @@ def equal(sides: tuple[str, str]) -> bool:
     given, answer = sides
     try:
         read = utils.timeout(timeout_seconds=SECONDS)(_parse)
-        return bool(math_verify.verify(read(answer), read(given), timeout_seconds=SECONDS))
-    except math_verify.errors.TimeoutException:
+        found: Any = read(answer), read(given)
+        return bool(math_verify.verify(*found, timeout_seconds=SECONDS))
+    except errors.TimeoutException:
         return False
     except Exception:  # no LaTeX of the parser's grammar, or too large or too deep for sympy
         return False
@@ -75,7 +78,9 @@ def _same_value(a, b, *_) -> bool:
         return _same_number(a, b)
     if not (a.has(sympy.Float) or b.has(sympy.Float)):
         return False  # exact: simplifying decides
-    points = [{s: sympy.Rational(7 * i + p, 5) for i, s in enumerate(symbols)} for p in (3, -4, 11)]
+    points: list[Any] = [
+        {s: sympy.Rational(7 * i + p, 5) for i, s in enumerate(symbols)} for p in (3, -4, 11)
+    ]
     return all(_same_number(a.subs(point), b.subs(point)) for point in points)
 
 

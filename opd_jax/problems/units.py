@@ -115,7 +115,8 @@ def read(text: str, spaced: bool = True, letters: bool = True) -> tuple[Unit, in
             elif folded in _SQUARED and last is not None:
                 out[last[0]] += last[1] * (_SQUARED[folded] - 1)
             elif folded in _COMPOUND:
-                for name, power in read(f"\\text{{{_COMPOUND[folded]}}}")[0].items():
+                parts = read(f"\\text{{{_COMPOUND[folded]}}}")
+                for name, power in parts[0].items() if parts else ():
                     out[name] = out.get(name, 0) + power
             elif folded not in _FILLERS and not (folded == "in" and _NOT_INCH.match(text, at)):
                 name, power = canonical(word), (sign if sign < 0 else group) * ahead

@@ -97,7 +97,7 @@ class Checkpoints:
         local = "://" not in str(directory)
         # Orbax refuses relative paths, and a run's workdir is often one.
         self.directory = epath.Path(os.path.abspath(directory) if local else directory)
-        keep = [policies.LatestN(settings.keep_last)]
+        keep: list[Any] = [policies.LatestN(settings.keep_last)]
         if settings.keep_every_steps:
             keep.append(policies.EveryNSteps(settings.keep_every_steps))
         if settings.keep_best:
@@ -174,7 +174,7 @@ class Checkpoints:
             except Exception as e:  # Orbax raises bare Exception for a lost file;
                 # nothing is hidden: the reason is logged, returned, and raised if none is left.
                 restored, trouble = None, f"{type(e).__name__}: {str(e)[:200]}"
-            if _every_process(restored is not None):
+            if _every_process(restored is not None) and restored is not None:
                 self._check_content(restored)
                 self._set_aside(skipped_steps=[s for s, _ in skipped])
                 lines = tuple(f"step {s}: {why}" for s, why in skipped)
@@ -193,7 +193,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(state_shapes), meta=ocp.args.JsonRestore()
         )
-        read = self._manager.restore(step, args=args)
+        read: Any = self._manager.restore(step, args=args)
         meta, found = read.meta, digests(read.state)
         if found != meta["digests"]:
             wrong = [path for path, value in meta["digests"].items() if found.get(path) != value]

@@ -85,8 +85,10 @@ def _bytes(path: pathlib.Path) -> bytes | None:
 def _json(path: pathlib.Path):
     """The value of a JSON file, its text where it is none, None where there is no file."""
     content = _bytes(path)
+    if content is None:
+        return None
     try:
-        return None if content is None else json.loads(content)
+        return json.loads(content)
     except ValueError:
         return content.hex()
 

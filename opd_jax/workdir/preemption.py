@@ -102,7 +102,10 @@ class _Listener:
             if num_signals > 1:
                 os._exit(EXIT_AT_ONCE)
             if not select.select([reader], [], [], patience)[0]:
-                os.write(2, NAMES[byte[0]] + b": " + doing + b"; once more exits at once\n")
+                os.write(
+                    2,
+                    NAMES[signal.Signals(byte[0])] + b": " + doing + b"; once more exits at once\n",
+                )
         os.close(reader)
 
 

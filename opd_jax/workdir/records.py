@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -244,7 +245,8 @@ def append_jsonl(path, objects: Iterable[dict]) -> None:
 
 def write_signals(workdir, step: int, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    values: dict[str, Any] = dict(arrays)
+    np.savez_compressed(buffer, **values)
     _write(step_path(workdir, "signals", step, ".npz"), buffer.getvalue())
 
 

@@ -73,7 +73,7 @@ class Writer:
         if self._tensorboard:
             for name, value in row.items():
                 if name != "step" and math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, row["step"])
+                    self._tensorboard.add_scalar(name, value, int(row["step"]))
         self._show(row)
 
     def say(self, text: str) -> None:
