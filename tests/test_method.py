@@ -8,8 +8,7 @@ import re
 import pytest
 
 from launch import config_flags
-from opd_jax.algorithm import margin, segments, selectors
-from opd_jax.algorithm.objective import Objective
+from opd_jax.config import read
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "docs/method.md").read_text()
@@ -26,10 +25,7 @@ def test_each_flag_is_a_key_and_takes_the_value(key, value):
     if value:
         given = {"True": True, "False": False}.get(value, type(config[section][name])(value))
         config = config_flags.apply_overrides(config, {key: given})
-        margin.Settings.of(config.margin.to_dict())
-        segments.Settings.of(config.segment.to_dict())
-        selectors.of(config.selector.to_dict())
-        Objective.of(config.objective.to_dict())
+        read(config)
 
 
 def test_the_code_is_where_it_says():

@@ -26,9 +26,9 @@ def main(path: str) -> None:
     seconds: dict[str, float] = collections.defaultdict(float)
     count = collections.Counter()
 
-    def listen(event: str, duration: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event in EVENTS:
-            seconds[EVENTS[event]] += duration
+            seconds[EVENTS[event]] += duration_secs
             count[EVENTS[event]] += 1
 
     jax.monitoring.register_event_duration_secs_listener(listen)

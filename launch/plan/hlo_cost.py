@@ -62,7 +62,9 @@ class Costs:
     vector_flops: float = 0.0  # the rest
     hbm_bytes: float = 0.0
     # (kind, devices of the first group) -> bytes one device sends
-    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    collectives: dict[tuple[str, tuple[int, ...]], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
     dynamic_loops: set[str] = dataclasses.field(
         default_factory=set
     )  # op names; their trip count is data

@@ -94,12 +94,12 @@ def profiles(pools: dict, by: str, x: charts.Axis, suffix: str, note: str, under
     out = []
     for name in names:
         title, y_label = SIGNALS.get(name, (name, name))
-        series = [
-            charts.Series(label, xs, ys, colour=i)
-            for i, (label, pooled) in enumerate(tables.items())
-            if name in pooled
-            for xs, ys in [profile(*pooled[name], x.percent)]
-        ]
+        series = []
+        for i, (label, pooled) in enumerate(tables.items()):
+            if name in pooled:
+                sums, counts = pooled[name]
+                xs, ys = profile(sums, counts, x.percent)
+                series.append(charts.Series(label, xs.tolist(), ys.tolist(), colour=i))
         out.append(charts.line_chart(title + suffix, series, x, charts.Axis(y_label), note, under))
     return out
 

@@ -15,10 +15,12 @@ Left out: LiveCodeBench, HumanEval+ and MBPP+ run code that a model wrote. Expor
 
 import dataclasses
 import hashlib
+import importlib
 import itertools
 import pathlib
 import random
 from collections.abc import Iterable
+from typing import Any
 
 from opd_jax.problems import datasets, jsonl, task, verify
 
@@ -185,7 +187,7 @@ def multiple_choice(question: str, right: str, wrong: list[str]) -> tuple[str, s
 def _read_hub(name: str) -> Iterable[dict]:
     benchmark = BENCHMARKS[name]
     try:
-        from datasets import load_dataset
+        hub: Any = importlib.import_module("datasets")  # the library; ours is a sibling
     except ImportError as error:
         raise ValueError(
             f"{name} comes from the hub ({benchmark.path}) and needs a package that is not "
@@ -193,4 +195,4 @@ def _read_hub(name: str) -> Iterable[dict]:
             f"--benchmarks={name}=FILE.jsonl with the fields {benchmark.question!r} and "
             f"{benchmark.answer!r}"
         ) from error
-    return load_dataset(benchmark.path, benchmark.subset, split=benchmark.split)
+    return hub.load_dataset(benchmark.path, benchmark.subset, split=benchmark.split)

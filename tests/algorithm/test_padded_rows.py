@@ -13,7 +13,7 @@ from opd_jax import parallel, structs
 from opd_jax.algorithm.head import head_loss_and_grads
 from opd_jax.algorithm.objective import Objective, Targets
 from opd_jax.model import qwen3
-from opd_jax.stages import update
+from opd_jax.stages import packing, update
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -101,14 +101,12 @@ def test_an_update_takes_heads_that_are_padded_differently(mesh, rows):
         params = params_of(tiny_config(tie_embeddings=False))
         params = params | {name: padded(params[name], student_rows) for name in ("embed", "head")}
         stage = update.build(
-            model_config=config,
-            objective=Objective("reverse_kl"),
-            optimizer=optax.trace(decay=0.9),  # its first state is the gradient
+            config,
+            Objective("reverse_kl"),
+            optax.trace(decay=0.9),  # its first state is the gradient
+            packing.MicroBatch(rows=2, tokens=20, chunk=8),
             backend=qwen3.Backend(shard=parallel.shard_activations(mesh_of(**mesh))),
             mesh=mesh_of(**mesh),
-            micro_batch_rows=2,
-            micro_batch_tokens=20,
-            chunk=8,
             vocab_size=64,
         )
         state = stage.init(jax.device_put(params, stage.shardings.params))

@@ -17,7 +17,7 @@ import pytest
 from opd_jax import parallel
 from opd_jax.algorithm.objective import Objective, Targets
 from opd_jax.model import hf, qwen3
-from opd_jax.stages import update
+from opd_jax.stages import packing, update
 
 L, N = 256, 128  # tokens of a row and, of these, targets
 OBJECTIVES = {
@@ -54,14 +54,12 @@ def stage(objective: str, num: int, unroll: int) -> update.Update:
 
     mesh = parallel.build_mesh([("data", 1), ("fsdp", 1)], devices=jax.devices()[:1])
     return update.build(
-        model_config=student()[0],
-        objective=OBJECTIVES[objective],
-        optimizer=optax.sgd(1.0),
+        student()[0],
+        OBJECTIVES[objective],
+        optax.sgd(1.0),
+        packing.MicroBatch(num, L, chunk=512),
         backend=qwen3.Backend(unroll=unroll, shard=parallel.shard_activations(mesh)),
         mesh=mesh,
-        micro_batch_rows=num,
-        micro_batch_tokens=L,
-        chunk=512,
     )
 
 

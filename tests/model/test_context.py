@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that are longer than a model's context are refused, with flags and settings that work."""
 
+import dataclasses
 import json
 import re
 
@@ -10,9 +11,12 @@ import tiny_models
 from configs import paper, quickstart
 from configs.base import get_config
 from opd_jax import build, parallel
+from opd_jax.config import Settings
 from opd_jax.model import hf
 from opd_jax.model.config import Qwen3Config, check_context, from_dict
 from opd_jax.model.published import CONFIGS
+from opd_jax.stages import rollout
+from opd_jax.structs import Vocabulary
 
 SHORT = from_dict(tiny_models.BASE, "config.json")  # 256 positions
 YARN = from_dict(tiny_models.CONFIGS["yarn"], "config.json")  # 4 times 64
@@ -103,22 +107,10 @@ def test_the_embedded_models_fit_the_rows_of_their_configs(get):
 @pytest.mark.parametrize("role", ["student", "teacher", "reference"])
 def test_a_run_looks_at_each_of_its_models(role):
     """Before anything is compiled: each role alone has the shorter context."""
-    config = get_config()
-    models = dict.fromkeys(("student", "teacher", "reference"), RAISED) | {role: SHORT}
-    config.rollout.response_len = 500
+    shapes = build.Shapes(
+        **dict.fromkeys(("student", "teacher", "reference"), RAISED) | {role: SHORT}
+    )
+    given = dataclasses.replace(Settings(), rollout=rollout.Settings(response_len=500))
+    mesh = parallel.build_mesh(given.mesh)
     with pytest.raises(ValueError, match=f"the {role} is made for 256"):
-        build.on_device(
-            config,
-            parallel.build_mesh(config.mesh),
-            models,
-            eos_ids=(0,),
-            pad_id=0,
-            vocab_size=SHORT.vocab_size,
-            batch_size=8,
-            prompt_len=64,
-            sample=config.rollout.to_dict(),
-            objective=build.objective(config.objective)[0],
-            needs=frozenset(),
-            num_steps=1,
-            param_dtype=None,
-        )
+        build.stages(given, mesh, shapes, Vocabulary(SHORT.vocab_size, eos_ids=(0,), pad_id=0))
