@@ -147,7 +147,7 @@ def position_sums(mesh, taken, correct_b) -> dict[str, dict]:
     for name, keep_b in (("all", np.ones_like(correct_b)), ("correct", correct_b)):
         kept = {k: (value, where & keep_b[:, None]) for k, (value, where) in found.items()}
         sums = profiles.by_position(kept, taken.rollout.valid_bt)
-        out[name] = {k: parallel.sum_over_feeds(mesh, v) for k, v in sums.items()}
+        out[name] = {k: parallel.sum_over_host_groups(mesh, v) for k, v in sums.items()}
     return out
 
 

@@ -222,20 +222,20 @@ def _content(given: Settings, problems: list, sets: dict[str, list]) -> dict[str
 
 def _prompts(given: Settings, problems: list, tokenizer: Tokenizer, mesh) -> prompts.PromptStream:
     """This host's rows of every batch."""
-    feed = parallel.feed(mesh)
+    host_group = parallel.host_group(mesh)
     return prompts.PromptStream(
         problems,
         tokenizer,
         given.data,
         seed=given.seed,
-        host_index=feed.index,
-        host_count=feed.count,
+        host_index=host_group.index,
+        host_count=host_group.count,
     )
 
 
 def _selection(given: Settings, tokenizer: Tokenizer, mesh) -> selection.Stage:
     gather = functools.partial(parallel.gather_rows, mesh)
-    host_group = parallel.feed(mesh).index
+    host_group = parallel.host_group(mesh).index
     return selection.build(
         given.selector,
         tokenizer.token_bytes,

@@ -7,7 +7,7 @@ several processes.
 
 Rows of the batch are divided over `data`, `fsdp` and `expert` into *shards*. A host holds the rows
 of its own devices' shards, in the order of the shards. Hosts whose devices hold the same shards
-(a `tensor` axis across hosts) form one *feed*: they must be given the same rows.
+(a `tensor` axis across hosts) form one *host group*: they must be given the same rows.
 """
 
 import itertools
@@ -254,17 +254,17 @@ def _flag(sizes: dict[str, int]) -> str:
 
 
 @dataclass(frozen=True)
-class Feed:
+class HostGroup:
     """Which rows this host is given."""
 
-    index: int  # of this host's feed; hosts of one feed are given the same rows
-    count: int  # feeds; a stream of prompts is divided into this many parts
+    index: int  # of this host's group; hosts of one group are given the same rows
+    count: int  # groups; a stream of prompts is divided into this many parts
     shards: tuple[int, ...]  # batch shards on this host's devices, ascending
-    leaders: tuple[int, ...]  # the lowest process of every feed: speaks for its rows
+    leaders: tuple[int, ...]  # the lowest process of every group: speaks for its rows
 
 
-def feed(mesh: Mesh, process: int | None = None) -> Feed:
-    """The feed of this process (or of `process`). Raises if hosts share rows only in part."""
+def host_group(mesh: Mesh, process: int | None = None) -> HostGroup:
+    """The host group of this process (or of `process`). Raises if hosts share rows only in part."""
     process = jax.process_index() if process is None else process
     owner = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
     order = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
@@ -281,7 +281,7 @@ def feed(mesh: Mesh, process: int | None = None) -> Feed:
             f"{_flag(dict.fromkeys(AXES, 1) | {'fsdp': -1})} always works."
         )
     leaders = tuple(min(p for p in shards if shards[p] == s) for s in distinct)
-    return Feed(
+    return HostGroup(
         distinct.index(shards[process]),
         len(distinct),
         tuple(int(s) for s in shards[process]),
@@ -291,7 +291,7 @@ def feed(mesh: Mesh, process: int | None = None) -> Feed:
 
 def to_global(mesh: Mesh, rows: Any) -> Any:
     """Tree of this host's rows [B_host, ...] -> tree of global arrays [B, ...]."""
-    mine = feed(mesh)
+    mine = host_group(mesh)
     sharding = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
@@ -357,11 +357,11 @@ def max_over_hosts(x: float) -> float:
     return float(allgather(np.array(x, np.float64)).max())
 
 
-def sum_over_feeds(mesh: Mesh, x: np.ndarray) -> np.ndarray:
+def sum_over_host_groups(mesh: Mesh, x: np.ndarray) -> np.ndarray:
     """Sum of a small value over the hosts, those that hold the same rows counted once."""
-    return allgather(x)[list(feed(mesh).leaders)].sum(axis=0)
+    return allgather(x)[list(host_group(mesh).leaders)].sum(axis=0)
 
 
 def gather_rows(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-    """Small rows [B_host, ...] of all feeds, [B, ...] in the order of the feeds, on every host."""
-    return np.concatenate(allgather(rows)[list(feed(mesh).leaders)])
+    """Small rows [B_host, ...] of all host groups, [B, ...] in their order, on every host."""
+    return np.concatenate(allgather(rows)[list(host_group(mesh).leaders)])

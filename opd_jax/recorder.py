@@ -108,7 +108,7 @@ class Recorder:
 
     def _sum(self, values: Any) -> Any:
         """Sums over the groups of hosts that hold different rows."""
-        return parallel.sum_over_feeds(self.mesh, values)
+        return parallel.sum_over_host_groups(self.mesh, values)
 
     def _write_signals(self, step: int, taken: Step, table: dict[str, np.ndarray]) -> None:
         found = token_signals(taken)

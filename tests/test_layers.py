@@ -142,3 +142,27 @@ def test_no_module_reads_a_pickle_or_runs_what_it_reads():
     for folder in ("opd_jax", "configs", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             assert not runs_code(path.read_text()), path
+
+
+def functions() -> list[tuple[str, int, int]]:
+    """Every function of opd_jax and launch: where it is, its parameters, its lines without text."""
+    found = []
+    for folder in ("opd_jax", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    given = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+                    lines = node.end_lineno - node.lineno + 1
+                    if ast.get_docstring(node):
+                        lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                    where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+                    found.append(
+                        (where, len([a for a in given if a not in ("self", "cls")]), lines)
+                    )
+    return found
+
+
+def test_no_function_is_long_or_takes_many_parameters():
+    assert len(functions()) > 500
+    assert [where for where, parameters, _ in functions() if parameters > 8] == []
+    assert [where for where, _, lines in functions() if lines > 60] == []

@@ -180,7 +180,7 @@ def fake_mesh(process_of_device):
 
 
 @pytest.mark.parametrize(
-    "owners, feeds",
+    "owners, groups",
     [
         ([[0, 0], [1, 1]], [(0, (0,)), (1, (1,))]),  # tensor inside a host
         ([[0, 1], [0, 1]], [(0, (0, 1)), (0, (0, 1))]),  # tensor across hosts: the same rows
@@ -191,27 +191,27 @@ def fake_mesh(process_of_device):
         ([[0, 1], [2, 3]], [(0, (0,)), (0, (0,)), (1, (1,)), (1, (1,))]),
     ],
 )
-def test_each_process_feeds_the_rows_of_its_own_devices(owners, feeds):
+def test_each_process_feeds_the_rows_of_its_own_devices(owners, groups):
     mesh = fake_mesh(owners)
-    for process, (index, shards) in enumerate(feeds):
-        feed = parallel.feed(mesh, process)
-        assert (feed.index, feed.shards) == (index, shards)
-        assert feed.count == 1 + max(i for i, _ in feeds)
-        assert feed.leaders == tuple(
-            next(p for p, (i, _) in enumerate(feeds) if i == f) for f in range(feed.count)
+    for process, (index, shards) in enumerate(groups):
+        host_group = parallel.host_group(mesh, process)
+        assert (host_group.index, host_group.shards) == (index, shards)
+        assert host_group.count == 1 + max(i for i, _ in groups)
+        assert host_group.leaders == tuple(
+            next(p for p, (i, _) in enumerate(groups) if i == f) for f in range(host_group.count)
         )
 
 
 def test_hosts_that_share_some_rows_only_are_refused():
     with pytest.raises(ValueError, match="share only in part"):
-        parallel.feed(fake_mesh([[0, 0], [0, 1], [1, 1]]), 0)
+        parallel.host_group(fake_mesh([[0, 0], [0, 1], [1, 1]]), 0)
 
 
 def test_gathering_in_one_process_is_the_identity():
     mesh = mesh_of(fsdp=2)
     x = np.array([0.1, 1e300])
     np.testing.assert_array_equal(parallel.gather_rows(mesh, x), x)
-    np.testing.assert_array_equal(parallel.sum_over_feeds(mesh, x), x)
+    np.testing.assert_array_equal(parallel.sum_over_host_groups(mesh, x), x)
     assert parallel.max_over_hosts(3) == 3
 
 
@@ -227,8 +227,8 @@ from opd_jax import parallel
 
 for sizes in (dict(fsdp=8), dict(data=2, tensor=4), dict(fsdp=4, tensor=2), dict(tensor=8)):
     mesh = parallel.build_mesh(sizes.items())
-    feed = parallel.feed(mesh)
-    rows = np.arange(8 // feed.count * 3, dtype=np.float32).reshape(-1, 3) + 100 * feed.index
+    group = parallel.host_group(mesh)
+    rows = np.arange(8 // group.count * 3, dtype=np.float32).reshape(-1, 3) + 100 * group.index
     sent = parallel.to_global(mesh, rows)
     assert sent.shape == (8, 3), sent.shape
     np.testing.assert_array_equal(parallel.to_host(sent), rows)
@@ -236,7 +236,7 @@ for sizes in (dict(fsdp=8), dict(data=2, tensor=4), dict(fsdp=4, tensor=2), dict
     everything = parallel.gather_rows(mesh, rows)
     assert everything.shape == (8, 3)
     assert float(parallel.to_host(total)) == everything.sum()
-    assert parallel.sum_over_feeds(mesh, rows.sum()) == everything.sum()
+    assert parallel.sum_over_host_groups(mesh, rows.sum()) == everything.sum()
     value = np.array([0.1 + process, 1e300])  # float64 stays float64
     np.testing.assert_array_equal(parallel.allgather(value)[process], value)
     assert parallel.max_over_hosts(process) == 1

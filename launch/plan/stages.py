@@ -82,7 +82,7 @@ class Pieces:
         state = jax.eval_shape(device.update.init, student)
         self.state = with_shardings(state, device.update.shardings)
         self.frozen = device_bytes((teacher, reference))  # models that are never updated
-        self.lines = device.update.lines * parallel.feed(self.mesh).count
+        self.packed_rows = device.update.packed_rows * parallel.host_group(self.mesh).count
 
     def __iter__(self) -> Iterator[Piece]:
         yield from self._rollout()
@@ -193,22 +193,22 @@ class Pieces:
 
     def _runs(self, tokens: float) -> int:
         u = self.device.update
-        capacity = self.lines * u.tokens * self.assume.packing
+        capacity = self.packed_rows * u.tokens * self.assume.packing
         return max(1, math.ceil(tokens / capacity))
 
     def _head_iterations(self, response_share: float) -> float:
         """Chunks of the head in a full micro-batch, of which this share are response tokens."""
         u = self.device.update
-        lines = self.lines // parallel.num_batch_shards(self.mesh)
-        slots = max(1, min(u.tokens, self.head_chunk // lines))
-        return math.ceil(u.tokens * response_share / slots)
+        rows = self.packed_rows // parallel.num_batch_shards(self.mesh)
+        width = max(1, min(u.tokens, self.head_chunk // rows))
+        return math.ceil(u.tokens * response_share / width)
 
     def _micro_batch(self, tree: Any) -> Any:
         """Host rows [1, 2, ...] of a tiny batch -> global ShapeDtypeStructs [M, L, ...]."""
         u, sharding = self.device.update, parallel.batch_sharding(self.mesh)
 
         def grown(x):
-            shape = (self.lines, *(u.tokens,) * (x.ndim > 1), *x.shape[2:])
+            shape = (self.packed_rows, *(u.tokens,) * (x.ndim > 1), *x.shape[2:])
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
         return jax.tree.map(grown, tree)

@@ -151,7 +151,7 @@ def insert(
 
     source_s: int32[S], which of its shard's arrivals moves into the slot; -1 = none.
 
-    The cache gets all tokens of a prompt; the first decode step feeds the last one again, so that
+    The cache gets all tokens of a prompt; the first decode step groups the last one again, so that
     every response token is drawn in one place.
     """
     tokens_rp, length_r = rows.tokens_rp, rows.length_r

@@ -135,11 +135,11 @@ class Evaluator:
     def _call(self, params, examples, ids, chosen, key, group, between) -> list[dict]:
         """Samples of `chosen` (problem, index) pairs, in their order."""
         mesh = self.sampler.spec.mesh
-        feed = parallel.feed(mesh)
-        per_feed = -(-len(chosen) // feed.count)
+        host_group = parallel.host_group(mesh)
+        per_group = -(-len(chosen) // host_group.count)
         # Feeds take equally many rows: the last pair is repeated, with one token to sample.
-        padded = [*chosen, *[chosen[-1]] * (per_feed * feed.count - len(chosen))]
-        own = slice(feed.index * per_feed, (feed.index + 1) * per_feed)
+        padded = [*chosen, *[chosen[-1]] * (per_group * host_group.count - len(chosen))]
+        own = slice(host_group.index * per_group, (host_group.index + 1) * per_group)
         real_b = np.arange(len(padded))[own] < len(chosen)
         prompts = self._prompts(ids, padded[own])
         limit_b = np.where(real_b, self.sampler.response_len, 1)

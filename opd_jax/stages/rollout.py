@@ -53,15 +53,15 @@ class Stats:
 class Schedule:
     """Rows waiting, rows in slots. Dims: N batch shards, S slots of a shard, R rows of a refill.
 
-    Row numbers count a feed's own rows (`parallel.Feed`): only that feed knows their tokens, but
-    all hosts follow all feeds.
+    Row numbers count the rows of a host group (`parallel.HostGroup`): only that group knows their
+    tokens, but all hosts follow all groups.
     """
 
-    def __init__(self, feed_of_shard: np.ndarray, slots_per_shard: int, num_rows: int):
-        self.feed_of_shard = np.asarray(feed_of_shard)
-        self.row_ns = np.full((len(self.feed_of_shard), slots_per_shard), -1)  # -1 = free
-        self.num_rows = num_rows  # of each feed
-        self.next_row = np.zeros(self.feed_of_shard.max() + 1, int)  # of each feed
+    def __init__(self, group_of_shard: np.ndarray, slots_per_shard: int, num_rows: int):
+        self.group_of_shard = np.asarray(group_of_shard)
+        self.row_ns = np.full((len(self.group_of_shard), slots_per_shard), -1)  # -1 = free
+        self.num_rows = num_rows  # of each host group
+        self.next_row = np.zeros(self.group_of_shard.max() + 1, int)  # of each host group
 
     @property
     def waiting(self) -> bool:
@@ -80,13 +80,13 @@ class Schedule:
         """
         row_nr = np.full((len(self.row_ns), width), -1)
         source_ns = np.full(self.row_ns.shape, -1, np.int32)
-        for n, feed in enumerate(self.feed_of_shard):
+        for n, group in enumerate(self.group_of_shard):
             free = np.flatnonzero(self.row_ns[n] < 0)
-            count = min(len(free), width, int(self.num_rows - self.next_row[feed]))
-            row_nr[n, :count] = self.next_row[feed] + np.arange(count)
+            count = min(len(free), width, int(self.num_rows - self.next_row[group]))
+            row_nr[n, :count] = self.next_row[group] + np.arange(count)
             source_ns[n, free[:count]] = np.arange(count)
             self.row_ns[n, free[:count]] = row_nr[n, :count]
-            self.next_row[feed] += count
+            self.next_row[group] += count
         return (row_nr, source_ns) if (source_ns >= 0).any() else None
 
     def release(self, active_ns: np.ndarray) -> None:
@@ -218,15 +218,15 @@ class Sampler:
         B, P = prompts.tokens_bp.shape
         limit_b = np.full(B, self.response_len) if limit_b is None else limit_b
         limit_b = np.minimum(limit_b, self.response_len).astype(np.int32)
-        mine, feeds = _feeds(self.spec.mesh)
+        mine, group_of_shard = _host_groups(self.spec.mesh)
         per_shard = self._slots_per_shard(B, len(mine.shards))
-        schedule = Schedule(feeds, per_shard, B)
+        schedule = Schedule(group_of_shard, per_shard, B)
         # Refills come a few rows at a time; with a slot for every row, all at once.
         width = per_shard if B <= per_shard * len(mine.shards) else max(1, per_shard // 4)
         sizes = self.cache_sizes(P)
 
         weights = decode.prepare(self.spec, params)
-        slots = decode.init(self.spec, per_shard * len(feeds), sizes[0])
+        slots = decode.init(self.spec, per_shard * len(group_of_shard), sizes[0])
         key_data = parallel.replicate(self.spec.mesh, jax.device_get(jax.random.key_data(key)))
         tokens_bp, length_b = _left_aligned(prompts)
         record = _Record(prompts, self.response_len, self.spec.num_candidates, self.pad_id)
@@ -247,7 +247,7 @@ class Sampler:
             longest = min(longest + self.spec.chunk, self.response_len)
             slots = self._grown(slots, P + longest, sizes)
             # Leave the loop when a refill's worth of slots became free and rows wait for them.
-            stop = width * len(feeds) if schedule.waiting else schedule.row_ns.size + 1
+            stop = width * len(group_of_shard) if schedule.waiting else schedule.row_ns.size + 1
             stop = parallel.replicate(self.spec.mesh, np.int32(stop))
             slots, drawn, control = decode.decode(self.spec, weights, slots, stop)
             drawn, control = parallel.to_host((drawn, control))
@@ -278,13 +278,13 @@ class Sampler:
         return slots if size == slots.cache.num_columns else decode.grow(self.spec, slots, size)
 
 
-def _feeds(mesh: Mesh) -> tuple[parallel.Feed, np.ndarray]:
-    """This host's feed; the feed of every batch shard."""
-    mine = parallel.feed(mesh)
-    feed_of_shard = np.zeros(parallel.num_batch_shards(mesh), int)
+def _host_groups(mesh: Mesh) -> tuple[parallel.HostGroup, np.ndarray]:
+    """This host's group; the group of every batch shard."""
+    mine = parallel.host_group(mesh)
+    group_of_shard = np.zeros(parallel.num_batch_shards(mesh), int)
     for i, leader in enumerate(mine.leaders):
-        feed_of_shard[list(parallel.feed(mesh, leader).shards)] = i
-    return mine, feed_of_shard
+        group_of_shard[list(parallel.host_group(mesh, leader).shards)] = i
+    return mine, group_of_shard
 
 
 def _left_aligned(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:

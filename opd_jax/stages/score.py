@@ -43,8 +43,8 @@ class Score:
     mesh: Mesh
     backend: qwen3.Backend
     needs: frozenset[str]  # fields of structs.Scores
-    lines: int  # of a micro-batch on this host
-    tokens: int  # of a line
+    packed_rows: int  # of a micro-batch on this host
+    tokens: int  # of a packed row
     teacher: Callable  # (params, batch) -> dict of arrays [M, N, ...]
     reference: Callable | None
 
@@ -60,7 +60,7 @@ class Score:
             prompt_valid_bp=rollout.prompt_valid_bp,
             tokens_bt=rollout.tokens_bt,
             needed_bt=rollout.valid_bt,
-            micro_batch_rows=self.lines,
+            micro_batch_rows=self.packed_rows,
             micro_batch_tokens=self.tokens,
         )
         passes = [(TEACHER, self.teacher, teacher_params)]
@@ -129,7 +129,7 @@ def build(
         mesh=mesh,
         backend=backend,
         needs=needs,
-        lines=shape.rows // parallel.feed(mesh).count,
+        packed_rows=shape.rows // parallel.host_group(mesh).count,
         tokens=shape.tokens,
         teacher=forward(config, outputs, shape.chunk),
         reference=reference_pass,
@@ -160,7 +160,7 @@ def _build_forward(
     vocab_size: int | None,
 ) -> Callable:
     """Compiled (params, batch) -> {output: [M, N, ...]}, rows divided over the batch axes."""
-    local_chunk = chunk * parallel.num_batch_shards(mesh)  # a chunk takes slots of every line
+    local_chunk = chunk * parallel.num_batch_shards(mesh)  # over all packed rows
 
     def forward(params: Any, batch: dict) -> dict[str, jax.Array]:
         hidden_mld = qwen3.trunk(

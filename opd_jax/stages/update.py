@@ -49,8 +49,8 @@ class Update:
 
     objective: Objective
     mesh: Mesh
-    lines: int  # of a micro-batch on this host
-    tokens: int  # of a line
+    packed_rows: int  # of a micro-batch on this host
+    tokens: int  # of a packed row
     shardings: TrainState  # of NamedSharding
     init: Callable[[Any], TrainState]  # params (donated) -> state
     zeros: Callable[[], Any]  # -> float32 gradients
@@ -83,13 +83,14 @@ class Update:
             prompt_valid_bp=rollout.prompt_valid_bp,
             tokens_bt=rollout.tokens_bt,
             needed_bt=weight_bt != 0,
-            micro_batch_rows=self.lines,
+            micro_batch_rows=self.packed_rows,
             micro_batch_tokens=self.tokens,
         )
-        own = np.array([len(plan), denominator, plan.num_tokens, plan.num_slots], np.float64)
+        own = np.array([len(plan), denominator, plan.num_tokens, plan.num_targets], np.float64)
         hosts = parallel.allgather(own)
         num_batches = max(1, int(hosts[:, 0].max()))  # nothing supervised: one empty micro-batch
-        _, denominator, num_tokens, num_slots = hosts[list(parallel.feed(self.mesh).leaders)].sum(0)
+        group = parallel.host_group(self.mesh)
+        _, denominator, num_tokens, num_targets = hosts[list(group.leaders)].sum(axis=0)
         grads, sums, running = self.zeros(), None, deque()
         for u in range(num_batches):
             batch = make_batch(self.objective, plan.batch(u), rollout, scores, weight_bt)
@@ -101,11 +102,11 @@ class Update:
                 jax.block_until_ready(running.popleft())
         scale = parallel.replicate(self.mesh, np.float32(denominator))
         state, metrics = self.apply(state, grads, sums, scale)
-        capacity = num_batches * self.lines * self.tokens * parallel.feed(self.mesh).count
+        capacity = num_batches * self.packed_rows * self.tokens * group.count
         metrics["update/num_micro_batches"] = (num_batches, 1)
         metrics["update/num_tokens"] = (num_tokens, 1)  # prompts included
         metrics["update/fill"] = (num_tokens, capacity)
-        metrics["update/num_supervised"] = (num_slots, 1)
+        metrics["update/num_supervised"] = (num_targets, 1)
         return state, metrics
 
 
@@ -149,7 +150,7 @@ def build(
     return Update(
         objective=objective,
         mesh=mesh,
-        lines=shape.rows // parallel.feed(mesh).count,
+        packed_rows=shape.rows // parallel.host_group(mesh).count,
         tokens=shape.tokens,
         shardings=shardings,
         init=jax.jit(init, out_shardings=shardings, donate_argnums=0),
@@ -274,7 +275,7 @@ def _build_accumulate(config, head, backend):
         gathered_vd = backend.shard(head_vd, ("vocab", None))  # once, not once per chunk
         if teacher_head_vd is not None:
             teacher_head_vd = backend.shard(teacher_head_vd, ("vocab", None))
-        # Every shard makes as many trips as the fullest line needs: collectives stay in step.
+        # All shards run the same number of iterations, so that their collectives match.
         count_m = jnp.broadcast_to(jnp.max(batch["count_m"]), batch["count_m"].shape)
         sums, d_hidden_mld, d_head_vd = head(
             hidden_mld, gathered_vd, teacher_head_vd, batch["index_mn"], count_m, batch["targets"]

@@ -69,7 +69,7 @@ def test_every_needed_token_is_asked_for_once_after_exactly_its_own_context(
 def test_lines_are_dense_and_slots_stand_at_the_front(seed, B, P, T, M, spare, share):
     rows = make_rows(np.random.default_rng(seed), B, P, T, share)
     plan = packing.plan(**rows, micro_batch_rows=M, micro_batch_tokens=P + T + spare)
-    num_tokens = num_slots = 0
+    num_tokens = num_targets = 0
     for u in range(len(plan)):
         batch = plan.batch(u)
         real = batch.segment_ids_ml > 0
@@ -82,9 +82,9 @@ def test_lines_are_dense_and_slots_stand_at_the_front(seed, B, P, T, M, spare, s
         columns = np.arange(batch.used_mn.shape[1])
         np.testing.assert_array_equal(batch.used_mn, columns < batch.count_m[:, None])
         num_tokens += real.sum()
-        num_slots += batch.count_m.sum()
+        num_targets += batch.count_m.sum()
     assert num_tokens == plan.num_tokens
-    assert num_slots == plan.num_slots == rows["needed_bt"].sum()
+    assert num_targets == plan.num_targets == rows["needed_bt"].sum()
 
 
 @given(**sizes)
@@ -130,7 +130,7 @@ def test_short_rows_share_a_line_and_equal_lines_share_a_micro_batch():
         micro_batch_rows=2,
         micro_batch_tokens=P + T,
     )
-    assert len(plan.lines) == 11  # the ten cropped rows, ten tokens each, fill one line exactly
+    assert len(plan.packed) == 11  # the ten cropped rows, ten tokens each, fill one line exactly
     counts = np.stack([plan.batch(u).count_m for u in range(len(plan))])
     np.testing.assert_array_equal(counts, [[96, 96]] * 5 + [[70, 0]])
 
@@ -147,7 +147,7 @@ def test_lines_with_as_many_slots_share_a_micro_batch():
         micro_batch_rows=2,
         micro_batch_tokens=P + T,
     )
-    assert len(plan.lines) == B  # no two rows of 96 tokens fit in 186
+    assert len(plan.packed) == B  # no two rows of 96 tokens fit in 186
     counts = np.stack([plan.batch(u).count_m for u in range(len(plan))])
     assert (counts.max(axis=1) - counts.min(axis=1)).max() == 0
 
@@ -208,5 +208,5 @@ def test_a_paper_sized_step_packs_in_seconds():
     for u in range(len(plan)):
         plan.batch(u)
     assert time.process_time() - start < 10  # Python loops over tokens take minutes
-    fill = plan.num_tokens / (len(plan.lines) * (P + T))
+    fill = plan.num_tokens / (len(plan.packed) * (P + T))
     assert fill > 0.95

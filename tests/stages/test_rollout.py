@@ -239,25 +239,25 @@ def test_nothing_recompiles_and_no_transfer_is_hidden(one_device_mesh, params, p
 # -- the schedule ------------------------------------------------------------------------------
 
 
-def simulate(lengths_fb, feed_of_shard, slots_per_shard, chunk):
+def simulate(lengths_fb, group_of_shard, slots_per_shard, chunk):
     """Runs the schedule as `Sampler.run` does, rows of given lengths; -> occupancy, rows seated."""
-    num_feeds, num_rows = lengths_fb.shape
-    schedule = rollout.Schedule(feed_of_shard, slots_per_shard, num_rows)
+    num_host_groups, num_rows = lengths_fb.shape
+    schedule = rollout.Schedule(group_of_shard, slots_per_shard, num_rows)
     left_ns = np.zeros(schedule.row_ns.shape, int)
-    seated = [[] for _ in range(num_feeds)]
+    seated = [[] for _ in range(num_host_groups)]
     width = max(1, slots_per_shard // 4)
     busy = steps = 0
     while True:
         while seats := schedule.assign(width):
             row_nr, source_ns = seats
             for n, s in zip(*np.nonzero(source_ns >= 0), strict=True):
-                feed, row = feed_of_shard[n], row_nr[n, source_ns[n, s]]
-                seated[feed].append(row)
-                left_ns[n, s] = lengths_fb[feed, row]
+                host_group, row = group_of_shard[n], row_nr[n, source_ns[n, s]]
+                seated[host_group].append(row)
+                left_ns[n, s] = lengths_fb[host_group, row]
         if not schedule.busy:
             return busy / steps / left_ns.size, seated
         active = left_ns > 0
-        stop = width * len(feed_of_shard) if schedule.waiting else left_ns.size + 1
+        stop = width * len(group_of_shard) if schedule.waiting else left_ns.size + 1
         for _ in range(chunk):
             busy, steps = busy + (left_ns > 0).sum(), steps + 1
             left_ns = np.maximum(left_ns - 1, 0)
@@ -284,8 +284,8 @@ def test_slots_stay_busy_when_lengths_are_heavy_tailed():
 
 
 def test_every_feed_seats_its_own_rows_once():
-    feed_of_shard = [0, 1, 0, 1]  # the shards of a host need not be neighbours
-    occupancy, seated = simulate(heavy_tailed(1, (2, 96), 100), feed_of_shard, 4, chunk=16)
+    group_of_shard = [0, 1, 0, 1]  # the shards of a host need not be neighbours
+    occupancy, seated = simulate(heavy_tailed(1, (2, 96), 100), group_of_shard, 4, chunk=16)
     assert [sorted(rows) for rows in seated] == [list(range(96))] * 2
     assert occupancy > 0.7
 

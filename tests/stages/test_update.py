@@ -275,14 +275,15 @@ def one_step(mesh, objective=SAMPLED, sparse=False):
     config = tiny_config(**(SPARSE if sparse else {}))
     rollout = make_rollout(B=16)
     scores, weight_bt = make_scores(rollout), make_weights(rollout)
-    feed = parallel.feed(mesh)
-    own = slice(16 // feed.count * feed.index, 16 // feed.count * (feed.index + 1))
+    group = parallel.host_group(mesh)
+    num = 16 // group.count
+    own = slice(num * group.index, num * (group.index + 1))
     mine = jax.tree.map(lambda x: x[own], (rollout, scores, weight_bt))
     stage = built(objective, rows=8, mesh=mesh, optimizer=gradient_then_sgd(), config=config)
     state = stage.init(jax.device_put(params_of(config), stage.shardings.params))
     head = jax.device_put(teacher_head(), parallel.replicated(mesh))
     head = head if objective is FULL else None
-    state, metrics = stage(state, *mine, 5.0 / feed.count, head)
+    state, metrics = stage(state, *mine, 5.0 / group.count, head)
     whole = jax.jit(lambda x: x, out_shardings=parallel.replicated(mesh))(state)
     total, count = parallel.to_host(metrics["loss"])
     return total / count, *parallel.to_host((whole.opt_state[0].trace, whole.params))
@@ -331,7 +332,7 @@ from rollouts import assert_close
 one = parallel.build_mesh((), devices=jax.local_devices()[:1])
 for sizes, sparse in ((dict(fsdp=8), False), (dict(fsdp=2, tensor=2, expert=2), True)):
     mesh = parallel.build_mesh(sizes.items())
-    assert mesh.size == 8 and parallel.feed(mesh).count == 2
+    assert mesh.size == 8 and parallel.host_group(mesh).count == 2
     assert_close(
         test_update.one_step(mesh, sparse=sparse), test_update.one_step(one, sparse=sparse)
     )
