@@ -90,6 +90,8 @@ def run(output) -> dict[str, dict]:
     results = {}
     with verify.Verifier(num_workers=2) as verifier:
         evaluator, params = build(verifier, directory, step)
+        prompts = [example.prompt for examples in problems.values() for example in examples]
+        evaluator.tokenizer.check_template(prompts, flags.FLAGS.thinking)
         guard = preemption.Guard()
         guard.install()  # from here on there are samples to keep
         for name, examples in problems.items():

@@ -200,11 +200,11 @@ def default_shape(
 ) -> tuple[int, int]:
     """(micro_batch_rows, micro_batch_tokens), both global, for `batch_size` rows in all.
 
-    Packed rows just hold the longest row: longer ones would pack a little tighter, but attention
-    costs their square. Each of `num_shards` gets at most `target_tokens` tokens of them together
-    (larger ones would gain no speed), and a fully supervised batch makes eight micro-batches, because cost
-    is rounded up to whole ones; but none is so small (512 tokens) that adding up its gradients
-    costs as much as making them.
+    Packed rows just hold the longest row: longer ones would pack a little tighter, but
+    attention costs their square. Each of `num_shards` gets at most `target_tokens` tokens of
+    them together (larger ones would gain no speed), and a fully supervised batch makes eight
+    micro-batches, because cost is rounded up to whole ones; but none is so small (512 tokens)
+    that adding up its gradients costs as much as making them.
     """
     unit = 128 if prompt_len + response_len > 1024 else 32
     tokens = -(-(prompt_len + response_len) // unit) * unit

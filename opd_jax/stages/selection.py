@@ -34,9 +34,7 @@ class Run:
     seed: int = 0
     num_steps: int = 1  # growing_prefix reads it
     gather: Callable[[np.ndarray], np.ndarray] = local_rows  # this host's rows -> rows of all hosts
-    host_group: int = (
-        0  # index among the groups of hosts that hold different rows (parallel.host_group)
-    )
+    host_group: int = 0  # this host's, among those that hold different rows
 
 
 LOCAL = Run()
