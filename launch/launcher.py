@@ -25,7 +25,7 @@ import threading
 import traceback
 import types
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -113,7 +113,8 @@ def initialize(workdir: str) -> None:
 
 def _keep_compiled(directory: str) -> None:
     """JAX's persistent compilation cache, unless the environment has set one."""
-    if not directory or jax.config.values["jax_compilation_cache_dir"]:
+    known: Any = jax.config  # its attributes are made at run time
+    if not directory or known.jax_compilation_cache_dir:
         return
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     # JAX's own least time, 1 s, would leave out most programs of a small model.
@@ -135,9 +136,8 @@ def place(
         return _by_flags(coordinator, num_processes, process_id)
     if "SLURM_JOB_ID" in environment:
         return _by_slurm(environment)
-    if (jax.config.values["jax_platforms"] or "").startswith(
-        "tpu"
-    ):  # JAX sets it where it finds TPU chips
+    known: Any = jax.config
+    if (known.jax_platforms or "").startswith("tpu"):  # JAX sets it where it finds TPU chips
         return _by_tpu(environment)
     return None
 

@@ -69,7 +69,7 @@ def test_ctrl_c_checkpoints_a_run_and_says_how_to_go_on(pair, root, processes):
     arguments = training(pair, workdir, **(SPLIT if processes == 2 else {}))
     process = start(log, "launch", *arguments, *(TWO if processes == 2 else ()))
     said = interrupt(process, log, (workdir / "checkpoints" / "1").exists)
-    assert f"preempted: checkpointed under {workdir}; the same command goes on from there" in said
+    assert f"preempted after a checkpoint under {workdir}; the same command resumes there" in said
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert max(steps) >= kill.rows(workdir)[-1]["step"] >= 1
 
@@ -79,7 +79,7 @@ def test_ctrl_c_before_there_is_a_run_is_one_line(pair, root):
     workdir, log = root / "early", root / "early.log"
     process = start(log, "launch", *training(pair, workdir))
     said = interrupt(process, log, (workdir / "lock.json").exists)
-    assert "run the same command again" in said or "preempted: checkpointed" in said
+    assert "run the same command again" in said or "preempted after a checkpoint" in said
 
 
 def test_ctrl_c_stops_a_sweep_and_its_runs_in_order(pair, root):
@@ -89,7 +89,7 @@ def test_ctrl_c_stops_a_sweep_and_its_runs_in_order(pair, root):
     said = interrupt(process, log, (workdir / "seed=0" / "checkpoints" / "1").exists)
     assert "stopped: the same command goes on with the runs left" in said
     run = (workdir / "seed=0" / "log.txt").read_text()
-    assert "preempted: checkpointed" in run and "Traceback" not in run
+    assert "preempted after a checkpoint" in run and "Traceback" not in run
     assert not (workdir / "seed=1").exists()
 
 

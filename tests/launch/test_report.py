@@ -43,7 +43,7 @@ class Parser(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.text, self.scripts, self._in_script = [], [], [], False
-        self.host_group(text)
+        self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
