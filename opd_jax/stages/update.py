@@ -298,9 +298,11 @@ def _build_apply(optimizer):
         count = jnp.where(denominator > 0, denominator, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & _all_finite(params)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        finite &= _all_finite(_applied(optimizer, grads, state)[0])
+        # Made again behind a barrier: the parameters that were looked at would be kept beside the
+        # old ones until the last of them was seen.
+        params, opt_state = _applied(optimizer, jax.lax.optimization_barrier(grads), state)
         active = finite & (sums["tokens"] > 0)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(active, new, old),
@@ -311,6 +313,14 @@ def _build_apply(optimizer):
         return state, _metrics(sums, denominator, grad_norm, finite)
 
     return apply
+
+
+def _applied(
+    optimizer: optax.GradientTransformation, grads: Any, state: TrainState
+) -> tuple[Any, Any]:
+    """New parameters and optimiser state."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
 
 
 def _all_finite(tree: Any) -> jax.Array:
