@@ -32,6 +32,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6,<4",  # two workers in .ci/run
+        "pyarrow>=15",  # makes the tables whose advice is tested; tensorflow-datasets brings it
         "hypothesis>=6",  # properties of the algorithm
         "ruff>=0.12,<0.17",  # lint and format; its formatting changes between minors
         "pyright[nodejs]>=1.1.400,<1.2",  # types; node comes as a wheel, nothing is fetched later

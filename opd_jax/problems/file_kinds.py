@@ -12,24 +12,32 @@ import shlex
 _SCRIPT = "python -c '{code}' {{file}} > {{out}}"
 _OPEN = 'open(sys.argv[1], encoding="utf-8-sig")'
 _ARRAY = _SCRIPT.format(
-    code=f"import json, sys; [print(json.dumps(x)) for x in json.load({_OPEN})]"
+    code=f"import json, sys; [print(json.dumps(x)) for x in json.load({_OPEN}, parse_float=str)]"
 )
-_OBJECT = _SCRIPT.format(code=f"import json, sys; print(json.dumps(json.load({_OPEN})))")
+_OBJECT = _SCRIPT.format(
+    code=f"import json, sys; print(json.dumps(json.load({_OPEN}, parse_float=str)))"
+)
 _CSV = _SCRIPT.format(
     code="import csv, json, sys; "
     f'[print(json.dumps(x)) for x in csv.DictReader({_OPEN}, delimiter="DELIMITER")]'
 )
-_TABLE = (
-    "python -m pip install pandas pyarrow && python -c 'import pandas, sys; "
-    'pandas.read_{reader}(sys.argv[1]).to_json(sys.argv[2], orient="records", lines=True)\' '
-    "{{file}} {{out}}"
+# pyarrow, which tensorflow-datasets brings, keeps every digit and every id; pandas does not.
+_TABLE = _SCRIPT.format(
+    code="import json, sys, pyarrow.ipc, pyarrow.parquet; "
+    "[print(json.dumps(x, default=str)) for x in READER(sys.argv[1]).to_pylist()]"
+)
+_PARQUET = _TABLE.replace("READER", "pyarrow.parquet.read_table")
+_ARROW_FILE = _TABLE.replace("READER(sys.argv[1])", "pyarrow.ipc.open_file(sys.argv[1]).read_all()")
+_ARROW_STREAM = _TABLE.replace(
+    "READER(sys.argv[1])", 'pyarrow.ipc.open_stream(open(sys.argv[1], "rb")).read_all()'
 )
 _ICONV = "iconv -f {encoding} -t UTF-8 {{file}} > {{out}}"
 
 # First bytes -> kind, remedy.
 _SIGNATURES = {
-    b"PAR1": ("a Parquet table", _TABLE.format(reader="parquet")),
-    b"ARROW1": ("an Arrow table", _TABLE.format(reader="feather")),
+    b"PAR1": ("a Parquet table", _PARQUET),
+    b"ARROW1": ("an Arrow table", _ARROW_FILE),
+    b"\xff\xff\xff\xff": ("an Arrow stream", _ARROW_STREAM),  # datasets' save_to_disk
     b"\x1f\x8b": ("compressed by gzip", "gunzip -c {file} > {out}"),
     b"BZh": ("compressed by bzip2", "bunzip2 -c {file} > {out}"),
     b"\xfd7zXZ\x00": ("compressed by xz", "unxz -c {file} > {out}"),

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.problems import benchmarks
@@ -25,6 +27,18 @@ def zipped() -> bytes:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("p.jsonl", LINES)
         return file.getvalue()
+
+
+def arrow(kind: str) -> bytes:
+    """The rows as a Parquet file, an Arrow file or an Arrow stream."""
+    table, sink = pa.Table.from_pylist(ROWS), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, sink)
+    else:
+        new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with new(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
 
 
 CSV = '{0}id{1}prompt{1}answer\n0{1}1+1?{1}2\n1{1}"a ""b"", cé"{1}3\n'
@@ -47,6 +61,9 @@ TURNED = {
         CSV.format("\ufeff", ",").replace("\n", "\r\n").encode(),
         "a CSV table, parted by commas",
     ),
+    "p.parquet": (arrow("parquet"), "a Parquet table"),
+    "p.feather": (arrow("file"), "an Arrow table"),
+    "data-00000-of-00001.arrow": (arrow("stream"), "an Arrow stream"),
     "p.tsv": (CSV.format("", "\t").encode(), "a CSV table, parted by tabs"),
     "p;.csv": (CSV.format("", ";").encode(), "a CSV table, parted by semicolons"),
 }
@@ -72,10 +89,33 @@ def test_the_advice_pasted_into_bash_makes_a_file_that_is_read(tmp_path, name):
     assert found == [(row["prompt"], row["answer"]) for row in ROWS]
 
 
+@pytest.mark.parametrize("number", ["0.00001", "1e-12", "1.50", "0.1234567890123456789"])
+def test_the_advice_for_an_array_keeps_the_digits_of_an_answer(tmp_path, number):
+    path = tmp_path / "array.json"
+    path.write_text(f'[{{"prompt": "a?", "answer": {number}}}]')
+    with pytest.raises(ValueError, match="one JSON array") as error:
+        build_dataset(str(path))
+    command, made = re.search(r"run `(.*)` and give (.*)$", str(error.value)).groups()
+    subprocess.run(["bash", "-c", command], check=True, cwd="/")
+    assert [e.answer for e in build_dataset(made)] == [number]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_the_advice_for_a_table_keeps_small_numbers_and_ids(tmp_path, kind, monkeypatch):
+    rows = [dict(id=7, prompt="a?", answer=1e-12), dict(id=None, prompt="b?", answer=0.25)]
+    monkeypatch.setitem(globals(), "ROWS", rows)
+    path = tmp_path / "table"
+    path.write_bytes(arrow(kind))
+    with pytest.raises(ValueError) as error:
+        build_dataset(str(path))
+    command, made = re.search(r"run `(.*)` and give (.*)$", str(error.value)).groups()
+    subprocess.run(["bash", "-c", command], check=True, cwd="/")
+    first, second = build_dataset(made)
+    assert (first.id, first.answer, second.answer) == ("7", "1e-12", "0.25")
+
+
 # Content -> what the message says of it, for what a shell here has no tool for.
 NAMED = {
-    "parquet": (b"PAR1\x15\x04\x15 PAR1", "a Parquet table.*read_parquet"),
-    "arrow": (b"ARROW1\x00\x00\xff\xff", "an Arrow table.*read_feather"),
     "zstd": (b"\x28\xb5\x2f\xfd\x04", "compressed by zstd.*zstd -dc"),
     "git lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
