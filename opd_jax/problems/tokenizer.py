@@ -239,31 +239,77 @@ def load_tokenizer(directory) -> Tokenizer:
             "model.safetensors, tokenizer.json and tokenizer_config.json; set --config.student.path"
             " and --config.teacher.path to such directories, for example embedded:student"
         )
+    _check_files(directory)
+    raw = _raw(directory / "tokenizer.json")
     eos_ids = _generation_eos(directory)  # before transformers, whose own error names no file
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(directory), trust_remote_code=False, local_files_only=True
     )
-    _check_ids(tokenizer, directory)
+    _check_ids(tokenizer, raw, directory)
     return Tokenizer(tokenizer, eos_ids(max(tokenizer.get_vocab().values()) + 1))
 
 
-def _check_ids(tokenizer, directory: pathlib.Path) -> None:
-    """Raises unless a few texts get the ids that tokenizer.json gives them.
+def _check_files(directory: pathlib.Path) -> None:
+    """Raises, naming the file, unless those that transformers reads first are JSON objects."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} cannot be read as JSON ({error}): it may be cut off, or a pointer of Git "
+                "LFS. Copy or download the file again"
+            ) from None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{path} must hold a JSON object, this is a {type(found).__name__}. Copy or "
+                "download the file again"
+            )
 
-    transformers builds some classes from the vocabulary alone, with a pre-tokenizer of its own.
-    """
+
+def _raw(path: pathlib.Path):
+    """What tokenizer.json itself says, without transformers."""
     import tokenizers
 
-    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        raw = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # all that the library raises
+        raise ValueError(
+            f"{path} is no tokenizer that the library tokenizers reads ({error}). Copy or download "
+            "the file again"
+        ) from None
     raw.no_padding()
     raw.no_truncation()
+    return raw
+
+
+def _check_ids(tokenizer, raw, directory: pathlib.Path) -> None:
+    """Raises unless a few texts, and every added token, get the ids that tokenizer.json gives them.
+
+    transformers builds some classes from the vocabulary alone, with a pre-tokenizer of its own, and
+    lets tokenizer_config.json change how added tokens are cut out.
+    """
+    path = directory / "tokenizer.json"
     for text in TEXTS:
         ours = tokenizer.encode(text, add_special_tokens=False)
         theirs = raw.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise ValueError(
-                f"{directory / 'tokenizer.json'} encodes {text!r} as {theirs}, but transformers "
+                f"{path} encodes {text!r} as {theirs}, but transformers "
                 f"reads it as a {type(tokenizer).__name__} and gives {ours}: that class replaces "
                 "the file's pre-tokenizer or normalizer. Set tokenizer_class to "
                 f'"PreTrainedTokenizerFast" in {directory / "tokenizer_config.json"}'
+            )
+    for added in raw.get_added_tokens_decoder().values():
+        text = f"a {added.content} b{added.content}\n1"
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        theirs = raw.encode(text, add_special_tokens=False).ids
+        if ours != theirs:
+            raise ValueError(
+                f"{path} encodes {text!r} as {theirs}, but transformers gives {ours}: "
+                f"{directory / 'tokenizer_config.json'} changes how {added.content!r} is cut out. "
+                "Delete split_special_tokens there, and make added_tokens_decoder agree with the "
+                "added_tokens of tokenizer.json"
             )
